@@ -15,8 +15,7 @@ import tempfile
 from pathlib import Path
 
 from tests.benchmarks.push import Server
-from tests.benchmarks.report import arguments, progress, publish
-from tests.benchmarks.submit import machine
+from tests.benchmarks.report import arguments, machine, progress, publish
 
 DROVER = Path(sys.executable).parent / "drover"
 TARGET_TIMES = 8.0

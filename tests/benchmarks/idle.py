@@ -16,8 +16,7 @@ from pathlib import Path
 
 from tests.benchmarks.ingest import write_store
 from tests.benchmarks.processes import processor_of_all_s
-from tests.benchmarks.report import arguments, progress, publish
-from tests.benchmarks.submit import machine
+from tests.benchmarks.report import arguments, machine, progress, publish
 from tests.support.farm import Farm, WorkerSpec, processes_naming
 from tests.support.graphs import Maker
 

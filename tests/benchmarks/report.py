@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import platform
 import statistics
 import sys
 from collections.abc import Sequence
@@ -18,6 +20,15 @@ def arguments(description: str, runs: int) -> argparse.ArgumentParser:
         "--runs", type=int, default=runs, help="how often both sides are measured (default: %(default)s)"
     )
     return parser
+
+
+def machine() -> dict[str, object]:
+    """Facts about the machine without which the figures say little."""
+    return {
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+    }
 
 
 def progress(text: str) -> None:

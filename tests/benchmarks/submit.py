@@ -8,8 +8,6 @@ and 1 s.
 
 from __future__ import annotations
 
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -20,7 +18,7 @@ from pathlib import Path
 
 from tests.benchmarks.ingest import corpus, nix_requisites, write_store
 from tests.benchmarks.push import Server
-from tests.benchmarks.report import arguments, progress, publish
+from tests.benchmarks.report import arguments, machine, progress, publish
 
 BIN = Path(sys.executable).parent
 
@@ -36,15 +34,6 @@ def submit(server: Server, store: Path, drvs: str) -> tuple[float, float]:
     subprocess.run(command, input=drvs, text=True, check=True, stdout=subprocess.DEVNULL)
     took, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     return took, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def machine() -> dict[str, object]:
-    """Facts about the machine without which the figures say little."""
-    return {
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-    }
 
 
 def main() -> None:

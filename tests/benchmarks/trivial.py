@@ -1,19 +1,17 @@
-"""Trivial sandboxed derivations through the whole farm, upload and signing included, beside `nix-build -j2`.
+"""Trivial sandboxed derivations through the whole farm, upload and signing included, beside Nix alone.
 
-Both sides get the same file in turn, evaluate it themselves, and build into stores that never saw it. The farm has one
-worker with two slots, as `nix-build -j2` has two jobs; starting the farm is not part of the measurement.
+The farm has one worker with two slots. Peers: `nix-build -j2`, which gets the same file in turn and evaluates it itself
+as the farm's client does; and two bare connections to Nix daemons, which only build: the limit. All build into stores
+that never saw the file; starting the farm is not part of the measurement.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import tempfile
-import time
-from pathlib import Path
 
-from tests.benchmarks.report import arguments, progress, publish
-from tests.support.farm import Farm, WorkerSpec
+from tests.benchmarks.bare_daemons import build_bare
+from tests.benchmarks.beside_nix import remove, running
+from tests.benchmarks.report import arguments, machine, progress, publish
 
 EXPRESSION = """
 let one = n: derivation {{
@@ -22,59 +20,42 @@ let one = n: derivation {{
 }};
 in {{ all = builtins.genList one {count}; }}
 """
-
-
-def nix_build(file: Path, store: Path) -> float:
-    settings = {
-        "build-users-group": "",
-        "substituters": "",
-        "sandbox": "true",
-        "sandbox-fallback": "false",
-        "sandbox-paths": "/bin/sh=/bin/busybox",
-    }
-    flags = [word for name, value in settings.items() for word in ("--option", name, value)]
-    began = time.monotonic()
-    subprocess.run(
-        ["nix-build", file, "-A", "all", "-j2", "--no-out-link", "--store", store, *flags],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    return time.monotonic() - began
-
-
-def farm_build(farm: Farm, file: Path, count: int) -> float:
-    began = time.monotonic()
-    done = farm.build(file, "-A", "all", timeout_s=900)
-    took = time.monotonic() - began
-    if done.returncode != 0 or farm.api("submissions")[0]["counts"]["done"] != count:
-        raise SystemExit(f"the farm did not build all {count}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    return took
+#: Row -> its peer, and the target of the ratio.
+ROWS = {"trivial": ("nix-build -j2", 1.5), "trivial-beside-daemons": ("two bare daemon connections", 0.8)}
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = arguments("builds per second of trivial derivations", runs=3)
     parser.add_argument("--count", type=int, default=1000, help="derivations in each run (default: %(default)s)")
     options = parser.parse_args()
-    ours, peer = [], []
-    with tempfile.TemporaryDirectory(prefix="drover-bench-") as directory:
-        root = Path(directory)
-        farm = Farm(root, [WorkerSpec("bench", slots=2)])
-        try:
-            farm.start().wait_for_workers(1)
-            warm = root / "warm.nix"
-            warm.write_text(EXPRESSION.format(salt="warm", count=20))
-            farm_build(farm, warm, 20)
-            nix_build(warm, root / "nix-warm")
-            for run in range(options.runs):
-                file = root / f"run-{run}.nix"
-                file.write_text(EXPRESSION.format(salt=f"{os.getpid()}-{run}", count=options.count))
-                peer.append(options.count / nix_build(file, root / f"nix-{run}"))
-                ours.append(options.count / farm_build(farm, file, options.count))
-                progress(f"run {run + 1}: farm {ours[-1]:.1f}/s, nix-build -j2 {peer[-1]:.1f}/s")
-        finally:
-            farm.stop()
-    publish("trivial", ours=ours, peer=peer, unit="builds/s", bigger_is_better=True, as_json=options.json)
+    ours: list[float] = []
+    peers: dict[str, list[float]] = {row: [] for row in ROWS}
+    with running(2) as bench:
+        warm = bench.write("warm", EXPRESSION.format(salt="warm", count=20))
+        bench.farm_build(warm, 20)
+        bench.nix_build(warm, bench.root / "nix-warm")
+        for run in range(options.runs):
+            file = bench.write(f"run-{run}", EXPRESSION.format(salt=f"{os.getpid()}-{run}", count=options.count))
+            store = bench.root / f"nix-{run}"
+            peers["trivial"].append(options.count / bench.nix_build(file, store)[0].wall_s)
+            remove(store)
+            ours.append(options.count / bench.farm_build(file, options.count).wall_s)
+            peers["trivial-beside-daemons"].append(options.count / build_bare(file, bench.root / f"bare-{run}"))
+            figures = ", ".join(f"{ROWS[row][0]} {rates[-1]:.1f}/s" for row, rates in peers.items())
+            progress(f"run {run + 1}: farm {ours[-1]:.1f}/s, {figures}")
+    for row, (peer_is, target) in ROWS.items():
+        publish(
+            row,
+            ours=ours,
+            peer=peers[row],
+            unit="builds/s",
+            bigger_is_better=True,
+            as_json=options.json,
+            peer_is=peer_is,
+            target=target,
+            machine=machine(),
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""Two bare connections to Nix daemons that build a file's derivations: the limit of what any farm over Nix can do.
+
+Each connection takes the next derivation as soon as its last one is built. Nothing is evaluated, sent, uploaded, signed
+or published in the measured time; the .drv files are made before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from infra.daemon import DaemonConnection, Options, open_stdio
+from tests.benchmarks.beside_nix import FLAGS, ROOT, remove
+from workers.agent.build import basic_derivation
+
+CONNECTIONS = 2
+
+
+def build_bare(file: Path, store: Path) -> float:
+    """Seconds to build all derivations of a file, none of which has inputs, in a new store, which is removed again.
+
+    Raises:
+        SystemExit: one of them failed.
+    """
+    words: list[str | Path] = ["nix-instantiate", file, "-A", ROOT, "--store", store, *FLAGS]
+    made = subprocess.run(words, check=True, capture_output=True, text=True)
+    drvs = [line.partition("!")[0] for line in made.stdout.split()]
+    # A chroot store has its files below its root.
+    todo = iter([(drv, Path(f"{store}{drv}").read_bytes()) for drv in drvs])
+    took_s = asyncio.run(_build_all(todo, store))
+    remove(store)
+    return took_s
+
+
+async def _build_all(todo: Iterator[tuple[str, bytes]], store: Path) -> float:
+    command = ["nix-daemon", "--stdio", "--store", str(store), *FLAGS]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(store)}
+    connections = [await open_stdio(command, environment) for _ in range(CONNECTIONS)]
+    try:
+        for connection in connections:
+            await connection.set_options(Options(build_cores=1))
+        began = time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            for connection in connections:
+                group.create_task(_build_next(connection, todo))
+        return time.monotonic() - began
+    finally:
+        for connection in connections:
+            await connection.close()
+
+
+async def _build_next(connection: DaemonConnection, todo: Iterator[tuple[str, bytes]]) -> None:
+    for drv, data in todo:
+        result = await connection.build_derivation(drv, basic_derivation(data, ()), lambda _event: None)
+        if not result.status.is_success:
+            raise SystemExit(f"{drv} was not built: {result.error_msg}")
