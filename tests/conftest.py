@@ -25,6 +25,7 @@ LONGEST_FIRST = (
     *("readme_farm", "tests/e2e/faults/two_slots", "tests/e2e/faults/test_partition"),
     *("tests/e2e/faults/test_nodes_elsewhere", "tests/e2e/faults/", "pair_farm", "own_farm", "tests/hostile/"),
     *(
+        "tests/deploy/test_user_data",
         "tests/e2e",
         "tests/fleet/",
         "tests/workers/",

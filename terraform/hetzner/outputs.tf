@@ -8,6 +8,11 @@ output "show_public_key" {
   value       = "ssh root@${hcloud_server.coordinator.ipv4_address} 'journalctl -u drover-coordinator | grep \"public key\"'"
 }
 
+output "show_api_token" {
+  description = "Command that prints the API token, which clients send."
+  value       = "ssh root@${hcloud_server.coordinator.ipv4_address} cat /var/lib/drover/secrets/api-token"
+}
+
 output "join" {
   description = "Command that joins a further machine in the farm's network; the token is in the file that this farm was made with."
   value       = "install -m 400 ${var.secrets.ray_token_file} ray-token && drover worker --head ${local.head} --host ADDRESS --ray-token ray-token --name NAME --state-dir /var/lib/drover-worker"

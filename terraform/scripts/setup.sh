@@ -84,7 +84,7 @@ own_address() {
   if [ -n "${NETWORK:-}" ]; then
     await "this machine has no address in $NETWORK after ten minutes" in_network
   else
-    ADDRESS=$(metadata local-ipv4)
+    ADDRESS=$(metadata local-ipv4) || die "EC2 does not tell this machine's address; set ADDRESS or NETWORK elsewhere"
   fi
 }
 

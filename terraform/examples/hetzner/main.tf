@@ -31,5 +31,6 @@ module "farm" {
 
 output "cache_url" { value = module.farm.cache_url }
 output "show_public_key" { value = module.farm.show_public_key }
+output "show_api_token" { value = module.farm.show_api_token }
 output "join" { value = module.farm.join }
 output "front_address" { value = module.farm.front_address }
