@@ -326,6 +326,8 @@ class Settings(BaseSettings):
     #: Seconds without a sign of life after which the Ray head gives a node up for good: a node that learns of it
     #: ends itself and its builds. More for machines behind a VPN, or that nap. The head's own setting counts.
     ray_silence_s: Annotated[float, Field(ge=10, le=86400)] = 35
+    #: Whether Ray's autoscaler is asked for the slots that the open work could use, where the cluster has one.
+    ray_autoscaler: bool = False
     #: Collector of traces, OTLP over HTTP, for example `http://collector:4318`; empty: the `OTEL_EXPORTER_OTLP_…`
     #: variables of the environment name it, or no traces are sent.
     otlp_endpoint: str = ""

@@ -45,6 +45,8 @@ SENDING_COST: Final = 4
 
 #: Gives what lets a worker upload the outputs of one lease; takes their full paths.
 UploadToken = Callable[[LeaseId, Iterable[str]], str]
+#: Gives the processors that a step's build on a worker should have use for, by the worker's name; 0: not known.
+CoresOf = Callable[[str, StepKey], int]
 #: Gives the W3C trace context of a lease's attempt, "" where there is none.
 Traceparent = Callable[[LeaseId], str]
 
@@ -83,6 +85,7 @@ class Dispatch:
         losses: LossCheck = no_losses,
         upload_token: UploadToken = no_upload_token,
         traceparent: Traceparent = lambda _lease: "",
+        cores_of: CoresOf = lambda _worker, _step: 0,
         clock: Clock | None = None,
         timed: Timed = lambda _lease, _began, _verified, _ended: None,
     ) -> None:
@@ -92,6 +95,7 @@ class Dispatch:
         self._post = post
         self._upload_token = upload_token
         self._traceparent = traceparent
+        self._cores_of = cores_of
         #: Memory for large orders on their way, of all workers together.
         self.budget = ByteBudget(SENDING_BYTES)
         self._worker_queues: dict[str, _WorkerQueue] = {}
@@ -174,16 +178,19 @@ class Dispatch:
         # What belongs to the event loop is read on it.
         limits = [self._limits_of(start.lease.step) for start in starts]
         traces = [self._traceparent(start.lease) for start in starts]
+        cores = [self._cores_of(worker, start.lease.step) for start in starts]
 
         def make() -> list[LeaseOrder]:
-            found = zip(starts, limits, traces, strict=True)
-            return [self._order(s.lease, known[_recipe_of(s)], limit, trace) for s, limit, trace in found]
+            found = zip(starts, limits, traces, cores, strict=True)
+            return [self._order(s.lease, known[_recipe_of(s)], limit, trace, use) for s, limit, trace, use in found]
 
         # Beside the loop where there are many names to look at; a thread costs more than few of them.
         orders = await asyncio.to_thread(make) if large else make()
         await self._fleet.start_many(worker, orders)
 
-    def _order(self, lease: LeaseId, order: BuildOrder, limits: ResourceLimits, traceparent: str) -> LeaseOrder:
+    def _order(
+        self, lease: LeaseId, order: BuildOrder, limits: ResourceLimits, traceparent: str, cores: int
+    ) -> LeaseOrder:
         return LeaseOrder(
             step=lease.step,
             attempt=lease.attempt,
@@ -192,6 +199,7 @@ class Dispatch:
             inputs=order.inputs,
             upload_token=self._upload_token(lease, order.outputs),
             traceparent=traceparent,
+            cores=cores,
             limits=BuildLimits.model_validate(asdict(limits)),
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
@@ -53,6 +54,10 @@ WORTH_REVISING: Final = 1.25
 GUESS_WORTH_REVISING: Final = 3.0
 #: Speed of a worker for a system that it only emulates, until it is measured.
 EMULATED_SPEED: Final = 0.2
+
+#: Processors that a build is given beside those that earlier ones used, and the most.
+MORE_CORES: Final = 1.5
+MOST_CORES: Final = 1024
 
 #: Since when -> builds, the oldest first; may raise a `CoordinatorError`.
 Read = Callable[[float], Awaitable[Sequence[TimedBuild]]]
@@ -261,6 +266,16 @@ class Learner:
         """Return what the expected work of a derivation is taken from, by its name, and of how many builds."""
         expected = self.learned.expected(package_of(name), system, kind_of(name), features)
         return expected.source.value, expected.builds
+
+    def cores(self, name: str, system: str) -> int:
+        """Return the processors that a build should have use for; 0 where none of its package was measured.
+
+        Half as many more as earlier ones used, so that what could use more comes to show it.
+        """
+        for each in self.learned.expected_costs(package_of(name), system, kind_of(name)):
+            if each.cost is Cost.CORES and each.source in (WorkSource.PACKAGE, WorkSource.OTHER_SYSTEM):
+                return min(MOST_CORES, max(1, math.ceil(each.value * MORE_CORES)))
+        return 0
 
     def costs(self, name: str, system: str, features: Sequence[str] = ()) -> tuple[CostView, ...]:
         """Return what else is expected of a build, each with its source."""

@@ -123,6 +123,11 @@ class Workforce:
         row = self._rows.get(worker)
         return row is not None and system in row.hello.emulated
 
+    def takes_cores(self, worker: str) -> bool:
+        """Return whether a worker that is known reads how many processors a build has use for."""
+        row = self._rows.get(worker)
+        return row is not None and row.hello.takes_cores
+
     def emulating(self) -> list[tuple[str, str]]:
         """Return (worker, system) of all systems that a worker has only by emulation."""
         return [(name, system) for name, row in self._rows.items() for system in row.hello.emulated]

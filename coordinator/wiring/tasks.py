@@ -7,11 +7,13 @@ import asyncio
 from coordinator.config import Settings
 from coordinator.engine.compaction import Compactor
 from coordinator.engine.expiry import Forgetter
+from coordinator.fleet.autoscaling import Autoscaling
 from coordinator.journal.takeover import Lead
 from coordinator.wiring.core import Core
 from coordinator.wiring.site import Site
 from coordinator.wiring.work import Work
 from infra.clock import Clock
+from workers.ray_transport.fleet import RayFleet
 
 
 def start_tasks(  # noqa: PLR0917 - collaborators, named by their types
@@ -40,6 +42,11 @@ def start_tasks(  # noqa: PLR0917 - collaborators, named by their types
         group.create_task(core.etas.run(), name="foreseen ends"),
         group.create_task(core.capacity.run(), name="capacity"),
         group.create_task(core.workers.run(), name="records of workers"),
+        *(
+            [group.create_task(Autoscaling(core.capacity.of, fleet.request_nodes, clock).run(), name="autoscaling")]
+            if settings.ray_autoscaler and isinstance(fleet := work.fleet, RayFleet)
+            else []
+        ),
         # Last: they write and send what the others have left.
         group.create_task(core.timings.run(), name="timings"),
         *([group.create_task(exporter.run(), name="traces")] if exporter else []),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from coordinator.caches.losses import Losses
 from coordinator.caches.worker_repair import WorkerSource
@@ -18,7 +19,7 @@ from coordinator.wiring.core import Core
 from coordinator.wiring.stores import Stores
 from infra.cache.repair.fsck import RepairSource
 from infra.clock import Clock
-from scheduler.model import LeaseId
+from scheduler.model import LeaseId, StepKey
 from workers.wire.fleet import Fleet
 
 
@@ -47,6 +48,12 @@ def _traceparent(views: Views, lease: LeaseId) -> str:
     return str(Trace(oldest.id, views.note(oldest.id).traceparent).attempt(lease.step, lease.attempt))
 
 
+def _cores_of(core: Core, worker: str, step: StepKey) -> int:
+    """Return the processors that a build should have use for; 0 where that is not known, or the worker is older."""
+    named = core.views.named(step) if core.views.workforce.takes_cores(worker) else None
+    return 0 if named is None else core.learner.cores(*named)
+
+
 def connect_workers(settings: Settings, clock: Clock, stores: Stores, core: Core, fleet: Fleet) -> Work:
     """Make the rooms between the core and the workers, and give dispatch the effects."""
     tokens, views = stores.upload_tokens, core.views
@@ -67,6 +74,7 @@ def connect_workers(settings: Settings, clock: Clock, stores: Stores, core: Core
         losses=losses.check,
         upload_token=tokens.for_lease(clock),
         traceparent=lambda lease: _traceparent(views, lease),
+        cores_of=partial(_cores_of, core),
         clock=clock,
         timed=published,
     )

@@ -149,5 +149,7 @@ async def test_what_attempts_cost_is_read_from_the_timings_and_the_core_is_told_
         "cores": (3.5, "package", 3),
         "output_bytes": (3 * MIB, "package", 3),
     }
+    # Half as many more than 3.5, so that it shows whether it has use for them.
+    assert (learner.cores("p-2.0", LINUX), learner.cores("new", LINUX)) == (6, 0)
     assert learner.expect("p-2.0", LINUX) == (10_000, 0, 3 * MIB)
     assert learner.learned.works[("p", LINUX, WorkKind.BUILD)] == pytest.approx((10.0, 3))

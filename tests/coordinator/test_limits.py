@@ -50,7 +50,9 @@ def test_limits_of_an_order_stand_where_an_agent_of_protocol_2_reads_them() -> N
     flat = {"timeout_s": 1, "max_silent_s": 2, "max_log_bytes": 3, "max_output_bytes": 4, "memory_bytes": 5}
     wire = made.dump()
     assert {name: wire.get(name) for name in flat} == flat
-    assert "limits" not in wire
+    # An agent of before 2026-11-30 refuses what it does not know.
+    assert wire.keys().isdisjoint({"limits", "cores"})
+    assert made.model_copy(update={"cores": 3}).dump()["cores"] == 3
     assert ORDERS.validate_python((wire,)) == (made,)
     # A coordinator of before says nothing of some of them.
     del wire["memory_bytes"], wire["max_log_bytes"]

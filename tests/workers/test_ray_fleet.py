@@ -14,6 +14,7 @@ import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,11 @@ import pytest_asyncio
 
 from infra.objects.store import open_object_store
 from infra.process_tree import process_tree
+from workers.agent.settings import native_system
 from workers.ray_transport.access import make_token_file
 from workers.ray_transport.fleet import RayFleet
 from workers.ray_transport.nodes import RayHead, RayWorkerNode
+from workers.ray_transport.offers import SLOT, NodeBundle, labels_of
 from workers.wire.fleet import FleetError, FleetEvent, WorkerConnected, WorkerGone, WorkerSpoke
 from workers.wire.messages import Failed, FarmInfo, Hello, Lease, LogChunk, Report, Succeeded
 
@@ -279,3 +282,57 @@ async def test_of_two_nodes_of_one_name_the_first_alone_is_given_work(site: Site
 
 def is_agent(pid: int) -> bool:
     return Path(f"/proc/{pid}/cmdline").read_text().startswith("ray::AgentHost")
+
+
+async def test_what_is_requested_of_an_autoscaler_and_what_nodes_offer_stand_in_the_heads_tables(site: Site) -> None:
+    """None runs here: what those of both versions read is asked of the real head."""
+    labels = labels_of(("x86_64-linux",), ("kvm",))
+    async with site.fleet() as (fleet, heard):
+        await heard.until(lambda: all(heard.hellos(name) for name in "abc"))
+        await fleet.request_nodes([NodeBundle({SLOT: 1.0}, labels)] * 3)
+        assert json.loads(await asyncio.to_thread(requested_by_version_1)) == [{SLOT: 1.0}] * 3
+        await asyncio.to_thread(let_version_2_run)
+        await fleet.request_nodes([NodeBundle({SLOT: 1.0, "memory": 5.0}, labels)] * 2)
+        nodes, asked = await asyncio.to_thread(read_by_version_2)
+        assert asked == [({SLOT: 1.0, "memory": 5.0}, {f"{key}=true" for key in labels}, 2)]
+        here = labels_of((native_system(),), ())
+        assert [slots for slots, its in nodes if its.items() >= here.items()] == [1.0, 1.0, 1.0]
+        await fleet.request_nodes([])
+        assert (await asyncio.to_thread(read_by_version_2))[1] == []
+
+
+def requested_by_version_1() -> bytes:
+    kv, names = import_module("ray.experimental.internal_kv"), import_module("ray._private.ray_constants")
+    return bytes(kv._internal_kv_get(names.AUTOSCALER_RESOURCE_REQUEST_CHANNEL))  # noqa: SLF001 - Ray's own reader does it
+
+
+def let_version_2_run() -> None:
+    """Have the head's tables say that version 2 of the autoscaler runs, as its monitor does."""
+    raylet, gcs = (
+        import_module("ray._raylet"),
+        import_module("ray.experimental.internal_kv").internal_kv_get_gcs_client(),
+    )
+    key, namespace = raylet.GCS_AUTOSCALER_V2_ENABLED_KEY, raylet.GCS_AUTOSCALER_STATE_NAMESPACE
+    gcs.internal_kv_put(key.encode(), b"1", True, namespace.encode())
+    assert import_module("ray.autoscaler.v2.utils").is_autoscaler_v2(fetch_from_server=True)
+
+
+def read_by_version_2() -> tuple[list[tuple[float, dict[str, str]]], list[tuple[dict[str, float], set[str], int]]]:
+    """Return slots and labels of nodes, and resources, labels and number of what is requested."""
+    gcs = import_module("ray.experimental.internal_kv").internal_kv_get_gcs_client()
+    state = import_module("ray.autoscaler.v2.sdk").get_cluster_resource_state(gcs)
+    nodes = [(node.total_resources[SLOT], dict(node.labels)) for node in state.node_states if node.total_resources]
+    requests = [each for constraint in state.cluster_resource_constraints for each in constraint.resource_requests]
+    return nodes, [
+        (
+            dict(each.request.resources_bundle),
+            {
+                f"{wish.label_key}={value}"
+                for selector in each.request.label_selectors
+                for wish in selector.label_constraints
+                for value in wish.label_values
+            },
+            each.count,
+        )
+        for each in requests
+    ]

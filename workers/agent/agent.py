@@ -200,6 +200,7 @@ class Agent:
             isolation=self._isolation_sent,
             network=self._settings.network,
             memory_bytes=self._offer.memory_bytes,
+            takes_cores=True,
             nix_version=self._nix_version,
             leases=tuple(HeldLease.model_validate(held) for held in self._leases.held()),
         ).dump()

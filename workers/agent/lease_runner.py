@@ -367,7 +367,7 @@ class LeaseRunner:
             run.record.phase(phase, line)
             self._tell_stage(key, Stage.BUILDING, phase)
 
-        cores = run.cores = self._build_cores.of(required_features(derivation), self._machine.running)
+        cores = run.cores = self._build_cores.of(required_features(derivation), self._machine.running, run.order.cores)
         try:
             with run.record.span("build"):
                 result = await build_in_slot(

@@ -16,6 +16,7 @@ from workers.ray_transport.blocking_calls import first_line
 from workers.ray_transport.cluster_identity import cluster_at, cluster_lost
 from workers.ray_transport.node_process import ray_temp_dir
 from workers.ray_transport.nodes import WORKER_LABEL
+from workers.ray_transport.offers import NodeBundle
 from workers.wire.fleet import FleetError
 from workers.wire.messages import CallName
 from workers.wire.polling import AgentDead, AgentUnavailable
@@ -98,6 +99,15 @@ class RayDriver:
             for node in self._ray.nodes()
             if WORKER_LABEL in (node.get("Labels") or {})
         ]
+
+    def request_nodes(self, bundles: Sequence[NodeBundle]) -> None:
+        """Have the cluster's autoscaler, where it has one, provide nodes for all of these; none: only what is used."""
+        from ray.autoscaler.sdk import request_resources  # noqa: PLC0415 - as in __init__
+
+        request_resources(
+            bundles=[dict(bundle.resources) for bundle in bundles],
+            bundle_label_selectors=[dict(bundle.labels) for bundle in bundles],
+        )
 
     def agent(self, node_id: str) -> Any:
         """Return the handle of the node's agent, made if there is none."""

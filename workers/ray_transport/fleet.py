@@ -20,7 +20,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from workers.ray_transport.access import RayNodeError, check_token_file, is_loop
 from workers.ray_transport.blocking_calls import BlockingCalls
 from workers.ray_transport.driver import ActorCalls, ClusterLostError, ListedNode, RayDriver
 from workers.ray_transport.head_port import check_listens
+from workers.ray_transport.offers import NodeBundle
 from workers.wire.fleet import FleetError, Sink
 from workers.wire.messages import FarmInfo
 from workers.wire.polling import AgentRoster, AgentUnavailable
@@ -136,6 +137,14 @@ class RayFleet(AgentRoster):
                 for node in sorted(await self._list(), key=lambda listed: listed.alive):
                     self._look_at(node, sink, serving)
                 await asyncio.sleep(self._discover_every_s)
+
+    async def request_nodes(self, bundles: Sequence[NodeBundle]) -> None:
+        """Have the cluster's autoscaler provide nodes for all of these, in place of what was requested before.
+
+        It is a hint, and none where the cluster has no autoscaler. Raises `FleetError`.
+        """
+        ray = self._driver
+        await self._blocking.run("asking the autoscaler", DISCOVER_DEADLINE_S, lambda: ray.request_nodes(bundles))
 
     async def _list(self) -> list[ListedNode]:
         """Return all nodes; none while the head is away: agents are still reached, and new ones can wait."""

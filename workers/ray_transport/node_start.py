@@ -46,7 +46,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--temp-dir", required=True, help="Ray's own files")
     parser.add_argument("--host", required=True, help="address to listen on")
     parser.add_argument("--name", default="", help="name of the node")
-    parser.add_argument("--label", default="", help="KEY=VALUE")
+    parser.add_argument("--label", action="append", default=[], help="KEY=VALUE, may be repeated")
+    parser.add_argument("--resource", action="append", default=[], help="NAME=NUMBER, for autoscalers; as --label")
     options = parser.parse_args(arguments)
 
     from ray._private.node import Node  # noqa: PLC0415 - the helpers above are used without Ray too
@@ -74,20 +75,19 @@ def _parameters(options: argparse.Namespace) -> Any:
     from ray._private.parameter import RayParams  # noqa: PLC0415 - as above
     from ray._private.resource_isolation_config import ResourceIsolationConfig  # noqa: PLC0415
 
-    key, _, value = options.label.partition("=")
     return RayParams(
         gcs_address=options.head,
         gcs_server_port=options.port,
         node_ip_address=options.host,
         node_name=options.name or options.host,
-        labels={key: value} if key else {},
+        labels=dict(label.split("=", 1) for label in options.label),
         temp_dir=options.temp_dir,
         # Nodes that share an address must not hand out the same fixed ports: the system chooses.
         min_worker_port=0,
         max_worker_port=0,
         # The agent asks for no CPU, and Ray then starts no idle processes in advance.
         num_cpus=0,
-        resources={},
+        resources={name: float(number) for name, _, number in (each.partition("=") for each in options.resource)},
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
         include_log_monitor=False,  # type: ignore[arg-type]  # Ray calls it a text and asks whether it is true

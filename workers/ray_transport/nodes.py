@@ -14,11 +14,12 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from workers.agent.settings import SETTINGS_VARIABLE
+from workers.agent.settings import SETTINGS_VARIABLE, SettingsError, load_settings
 from workers.ray_transport import node_start
 from workers.ray_transport.access import LOOPBACK, NodeHealth, RayNodeError, is_loopback, ray_env
 from workers.ray_transport.head_port import check_listens
 from workers.ray_transport.node_process import CLUSTER_ADDRESS, Handover, RayNode, default_base_dir, ray_temp_dir
+from workers.ray_transport.offers import SLOT, node_offer
 from workers.ray_transport.redis import RedisStore, check_redis
 
 _log = logging.getLogger(__name__)
@@ -203,7 +204,17 @@ class RayWorkerNode(RayJoiningNode):
 
     def argv(self, directory: Path) -> list[str]:
         """Return the command line of the node; an operator's service may run it as it is, with `env`."""
-        return [*super().argv(directory), f"--name={self._name}", f"--label={WORKER_LABEL}={self._name}"]
+        words = [*super().argv(directory), f"--name={self._name}", f"--label={WORKER_LABEL}={self._name}"]
+        try:
+            offered = node_offer(load_settings(self._settings_file))
+        except SettingsError:
+            # The agent says what is wrong with them.
+            return words
+        return [
+            *words,
+            f"--resource={SLOT}={offered.slots}",
+            *(f"--label={key}={value}" for key, value in offered.labels.items()),
+        ]
 
     def env(self, base: Mapping[str, str]) -> dict[str, str]:
         """Return the node's environment."""

@@ -155,6 +155,9 @@ class LeaseOrder(WireMessage):
     #: W3C trace context: the span that this attempt will be. The agent names it in its log and reports it back; "" from
     #: an older coordinator.
     traceparent: str = ""
+    #: Processors that the build should have use for (`workers.agent.build_cores`); 0: not known. On the wire only for
+    #: agents that take it.
+    cores: Annotated[int, Field(ge=0, le=MAX_SLOTS)] = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -169,6 +172,8 @@ class LeaseOrder(WireMessage):
     def _give_limits(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         data: dict[str, Any] = dump(self)
         del data["limits"]
+        if not self.cores:
+            del data["cores"]
         return data | self.limits.model_dump(by_alias=True)
 
 
@@ -216,6 +221,8 @@ class Hello(WireMessage):
     network: bool = True
     #: Memory of its machine; 0: not known.
     memory_bytes: Annotated[int, Field(ge=0, le=MOST_BYTES)] = 0
+    #: Whether it reads `LeaseOrder.cores`.
+    takes_cores: bool = False
     nix_version: Name
     leases: HeldLeases
 
