@@ -24,9 +24,9 @@ class WantedView:
     path: tuple[str, ...]
 
 
-#: Origins of an expectation, the best first: builds of the package, of the package on another system, of packages that
-#: ask for the same features, of its kind.
-EstimateSource: TypeAlias = Literal["package", "other_system", "features", "kind", "nothing"]
+#: Origins of an expectation, the best first: builds of the same derivation, of the package, of the package on another
+#: system, of packages that ask for the same features, of its kind.
+EstimateSource: TypeAlias = Literal["derivation", "package", "other_system", "features", "kind", "nothing"]
 #: What is expected of a build beside its time: seconds, processors in use at one time, bytes.
 CostName: TypeAlias = Literal["fetch_s", "upload_s", "cpu_s", "cores", "output_bytes"]
 #: States of a worker towards a step.

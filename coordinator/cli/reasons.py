@@ -114,6 +114,8 @@ def _cost(each: CostView) -> str:
 def _known_by(source: EstimateSource, count: int) -> str:
     builds = f"{count} build{'' if count == 1 else 's'}"
     match source:
+        case "derivation":
+            return f"by {builds} of the same derivation"
         case "package":
             return f"by {builds} of its package"
         case "other_system":

@@ -19,12 +19,12 @@ from scheduler.events import SubmissionReceived
 from scheduler.locality import LEAST_BYTES
 from scheduler.model import StepKey, StepSpec, SubmissionId
 
-#: Derivation name, system and features -> milliseconds that it is expected to take on a builder of speed 1, the bytes
-#: of memory at most, and the bytes of its outputs; 0: not known.
-Works = Callable[[str, str, Sequence[str]], tuple[int, int, int]]
+#: Derivation name, system, features and step -> milliseconds that it is expected to take on a builder of speed 1, the
+#: bytes of memory at most, and the bytes of its outputs; 0: not known.
+Works = Callable[[str, str, Sequence[str], str], tuple[int, int, int]]
 
 
-def no_works(_name: str, _system: str, _features: Sequence[str]) -> tuple[int, int, int]:
+def no_works(_name: str, _system: str, _features: Sequence[str], _step: str) -> tuple[int, int, int]:
     """Nothing is known of any derivation."""
     return 0, 0, 0
 
@@ -54,7 +54,9 @@ class Planned:
         hints = {root.step: root.limits.memory_bytes for root in self.roots if root.limits is not None}
         expected: list[StepSpec] = []
         for spec, info in zip(self.steps, self.infos, strict=False):
-            work_ms, memory_bytes, output_bytes = works(info.name, info.system, spec.recipes[0].requirements.features)
+            work_ms, memory_bytes, output_bytes = works(
+                info.name, info.system, spec.recipes[0].requirements.features, spec.key
+            )
             memory_bytes = max(memory_bytes, hints.get(spec.key, 0))
             same = (spec.work_ms, spec.memory_bytes, spec.output_bytes) == (work_ms, memory_bytes, output_bytes)
             expected.append(
@@ -65,7 +67,7 @@ class Planned:
     def held_sizes(self, works: Works) -> tuple[tuple[StepKey, int], ...]:
         """Return the bytes that results in the cache should have, of those that are large."""
         infos = self.infos[len(self.steps) :]
-        sizes = [(info.key, works(info.name, info.system, ())[2]) for info in infos]
+        sizes = [(info.key, works(info.name, info.system, (), info.key)[2]) for info in infos]
         return tuple([(key, size) for key, size in sizes if size >= LEAST_BYTES])
 
     def objects(self) -> list[object]:

@@ -46,6 +46,8 @@ HALF_WITHIN: Final = 0.6745
 #: Part of all packages than which one that is not known may take longer, at least.
 SURPRISE_PART: Final = 0.75
 TRIVIAL_MS: Final = 1_000
+#: What takes so many times as long as its package, or as short, is remembered by itself.
+OWN_TIME: Final = 1.25
 
 
 #: Feature that the authors of large packages ask for, and how much longer than the usual such a package takes.
@@ -82,16 +84,23 @@ class Learned:
     usual_spread: float = USUAL_SPREAD
     #: Seconds at speed 1 of all packages that are built, the shortest first.
     built: tuple[float, ...] = ()
+    #: Step -> seconds at speed 1, and of how many builds, of those that take another time than their package.
+    exact: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     costs: LearnedCosts = field(default_factory=LearnedCosts)
     #: Worker -> bytes of inputs a second.
     fetch_rates: Mapping[str, int] = field(default_factory=dict)
 
-    def expected(self, package: str, system: str, kind: WorkKind, features: Sequence[str] = ()) -> ExpectedWork:
-        """Return the expected work of a package: of itself, of itself on another system, or of its kind.
+    def expected(
+        self, package: str, system: str, kind: WorkKind, features: Sequence[str] = (), step: str = ""
+    ) -> ExpectedWork:
+        """Return the expected work of a step: of itself, of its package, of that on another system, or of its kind.
 
         Features tell kinds apart where nothing is known of the package: what is fetched needs the network, whatever its
         name, packages that ask for the same are alike, and what asks for `big-parallel` is large by its authors' word.
         """
+        own = self.exact.get(step)
+        if own is not None:
+            return ExpectedWork(_ms(own[0]), WorkSource.DERIVATION, own[1])
         found = self._known(package, system, kind)
         if found is not None:
             return found
@@ -181,9 +190,28 @@ def learn(builds: Iterable[TimedBuild]) -> Learned:
         spreads,
         usual,
         built,
+        _exact(kept, works, slowness),
         learn_costs(kept),
         learn_rates(newest_of_all),
     )
+
+
+def _exact(
+    kept: Mapping[Key, Sequence[TimedBuild]],
+    works: Mapping[Key, tuple[float, int]],
+    slowness: Mapping[tuple[str, str], float],
+) -> dict[str, tuple[float, int]]:
+    """Return the works of steps that differ from their package's: stages of one compiler have one name."""
+    found: dict[str, tuple[float, int]] = {}
+    for key, many in kept.items():
+        steps: dict[str, list[float]] = defaultdict(list)
+        for build in many:
+            steps[build.step].append(_log(build) - slowness.get((build.worker, build.system), 0.0))
+        for step, its in steps.items():
+            seconds = math.exp(statistics.median(its)) if step and len(steps) > 1 else works[key][0]
+            if not works[key][0] / OWN_TIME < seconds < works[key][0] * OWN_TIME:
+                found[step] = (seconds, len(its))
+    return found
 
 
 def _spreads(kept: Mapping[Key, Sequence[TimedBuild]], slowness: Mapping[tuple[str, str], float]) -> dict[Key, float]:

@@ -99,7 +99,7 @@ def revised(learned: Learned, works: Iterable[OpenWork]) -> Generator[Pause, Non
     """Return the steps of which something else is expected by now, with what that is; with pauses."""
     news: list[tuple[StepKey, int]] = []
     for count, work in enumerate(works, 1):
-        expected = learned.expected(package_of(work.name), work.system, work.kind, work.features)
+        expected = learned.expected(package_of(work.name), work.system, work.kind, work.features, work.step)
         if _is_news(work.work_ms, expected):
             news.append((work.step, expected.work_ms))
         if not count % PIECE:
@@ -108,7 +108,7 @@ def revised(learned: Learned, works: Iterable[OpenWork]) -> Generator[Pause, Non
 
 
 def _is_news(work_ms: int, expected: ExpectedWork) -> bool:
-    known = expected.source in (WorkSource.PACKAGE, WorkSource.OTHER_SYSTEM)
+    known = expected.source in (WorkSource.DERIVATION, WorkSource.PACKAGE, WorkSource.OTHER_SYSTEM)
     factor = WORTH_REVISING if known else GUESS_WORTH_REVISING
     return not work_ms / factor < expected.work_ms < work_ms * factor
 
@@ -119,7 +119,7 @@ async def timed_builds(store: TimingStore, since: float) -> list[TimedBuild]:
     query = (
         select(
             *(table.name, table.system, table.worker, table.build_s, table.peak_memory_bytes, table.features),
-            *(table.inputs_s, table.fetched_bytes, table.upload_s, table.cpu_s, table.output_bytes),
+            *(table.step, table.inputs_s, table.fetched_bytes, table.upload_s, table.cpu_s, table.output_bytes),
         )
         .where(table.ended_at >= since, table.outcome == "done", table.build_s.is_not(None))
         .order_by(table.ended_at.desc())
@@ -129,8 +129,8 @@ async def timed_builds(store: TimingStore, since: float) -> list[TimedBuild]:
     async with aclosing(store.answers_in_pieces(query, BUILDS_AT_ONCE)) as pieces:
         async for rows in pieces:
             found += [
-                _timed(name, system, worker, seconds, peak, features, *costs)
-                for name, system, worker, seconds, peak, features, *costs in rows
+                _timed(name, system, worker, seconds, peak, features, step, *costs)
+                for name, system, worker, seconds, peak, features, step, *costs in rows
                 if name and system and worker and seconds > 0
             ]
     found.reverse()
@@ -144,6 +144,7 @@ def _timed(  # noqa: PLR0917 - the columns of a row
     seconds: float,
     peak_bytes: float | None,
     features: str | None,
+    step: str,
     inputs_s: float | None,
     fetched_bytes: float | None,
     upload_s: float | None,
@@ -162,6 +163,7 @@ def _timed(  # noqa: PLR0917 - the columns of a row
         upload_s,
         cpu_s,
         None if output_bytes is None else int(output_bytes),
+        step,
         tuple(features.split(",")) if features else (),
     )
 
@@ -251,20 +253,22 @@ class Learner:
         await self._post((event,))
         self._posted, self._rates = speeds, rates
 
-    def expect(self, name: str, system: str, features: Sequence[str] = ()) -> tuple[int, int, int]:
+    def expect(self, name: str, system: str, features: Sequence[str] = (), step: str = "") -> tuple[int, int, int]:
         """Return what a build is expected to take, by its derivation's name: milliseconds at speed 1, memory, output.
 
         Memory and output are bytes, 0 where they are not known.
         """
         package, kind = package_of(name), kind_of(name)
-        work = self.learned.expected(package, system, kind, features)
+        work = self.learned.expected(package, system, kind, features, step)
         output_bytes = self.learned.cost(Cost.OUTPUT_BYTES, package, system, kind, features)
         memory_bytes = self.learned.memory_bytes(package, system, kind)
         return work.work_ms, memory_bytes, min(int(output_bytes), MOST_OUTPUT_BYTES)
 
-    def source(self, name: str, system: str, features: Sequence[str] = ()) -> tuple[EstimateSource, int]:
+    def source(
+        self, name: str, system: str, features: Sequence[str] = (), step: str = ""
+    ) -> tuple[EstimateSource, int]:
         """Return what the expected work of a derivation is taken from, by its name, and of how many builds."""
-        expected = self.learned.expected(package_of(name), system, kind_of(name), features)
+        expected = self.learned.expected(package_of(name), system, kind_of(name), features, step)
         return expected.source.value, expected.builds
 
     def cores(self, name: str, system: str) -> int:

@@ -28,6 +28,7 @@ class WorkKind(StrEnum):
 class WorkSource(StrEnum):
     """Origins of an expectation, the best first."""
 
+    DERIVATION = "derivation"
     PACKAGE = "package"
     OTHER_SYSTEM = "other_system"
     FEATURES = "features"
@@ -53,6 +54,8 @@ class TimedBuild:
     #: Seconds of processors, and bytes of its outputs, unpacked.
     cpu_s: float | None = None
     output_bytes: int | None = None
+    #: Key of its step, which the same derivation has again; "": not known.
+    step: str = ""
     #: That its recipe asks for.
     features: tuple[str, ...] = ()
 

@@ -28,8 +28,8 @@ DEPENDENTS_LOOKED_AT = 64
 _LAST_INSTANT = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 
 
-#: By name, system and features of a derivation.
-SourceOf = Callable[[str, str, Sequence[str]], tuple[EstimateSource, int]]
+#: By name, system and features of a derivation, and by its step.
+SourceOf = Callable[[str, str, Sequence[str], str], tuple[EstimateSource, int]]
 CostsOf = Callable[[str, str, Sequence[str]], tuple[CostView, ...]]
 
 
@@ -42,7 +42,7 @@ class FarmExplainer:
         self._clock = clock
         #: Gives what a derivation's expected work is taken from, by name, system and features, and of how many builds;
         #: and what else is expected of it.
-        self.source: SourceOf = lambda _name, _system, _features: ("nothing", 0)
+        self.source: SourceOf = lambda _name, _system, _features, _step: ("nothing", 0)
         self.costs: CostsOf = lambda _name, _system, _features: ()
 
     def placing(self, step: StepKey, name: str, system: str) -> PlacingView | None:
@@ -52,7 +52,7 @@ class FarmExplainer:
         except KeyError:
             return None
         features, held = self._farm.features_of(step), found.held
-        source, builds = self.source(name, system, features)
+        source, builds = self.source(name, system, features, step)
         return PlacingView(
             rank_s=found.rank_ms / 1000,
             takes_s=found.work_ms / 1000,

@@ -74,6 +74,23 @@ def test_a_package_that_was_never_built_takes_as_long_as_others_that_ask_for_the
     assert class_of(WorkKind.BUILD, ("kvm", NETWORK_FEATURE)) == (WorkKind.FETCH, ("kvm",))
 
 
+def test_what_was_built_before_takes_as_long_again_where_that_is_not_what_its_package_takes() -> None:
+    """Stages of one compiler have one name and system."""
+    stages = [
+        replace(measured("gcc"), seconds=seconds, step=step) for step, seconds in (("first", 100.0), ("last", 900.0))
+    ]
+    learned = learn([*stages * 4, replace(measured("gcc"), seconds=880.0, step="other")])
+
+    def gcc(step: str) -> tuple[int, WorkSource, int]:
+        found = learned.expected("gcc", LINUX, WorkKind.BUILD, (), step)
+        return found.work_ms, found.source, found.builds
+
+    assert gcc("first") == (100_000, WorkSource.DERIVATION, 4)
+    assert gcc("new") == (880_000, WorkSource.PACKAGE, 9)
+    # What its package takes is remembered once, for all of it.
+    assert learned.exact.keys() == {"first"}
+
+
 def test_a_worker_fetches_as_fast_as_its_usual_fetch_of_something_large() -> None:
     def fetch(worker: str, mib: int, seconds: float) -> TimedBuild:
         return measured(worker=worker, fetched_bytes=mib * MIB, fetch_s=seconds)
