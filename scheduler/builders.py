@@ -71,7 +71,7 @@ class Builders:
             return
         holder = self.known.get(step.builder)
         spec = None if holder is None else holder.spec
-        self.ended.add(step.lease, step.builder, "" if spec is None else spec.incarnation, at)
+        self.ended.add(step.key, step.attempt, step.builder, "" if spec is None else spec.incarnation, at)
         if step.state is StepState.LEASED:
             self.free_slot(step)
         step.builder = NO_BUILDER
@@ -82,7 +82,9 @@ class Builders:
         del builder.leases[step.key]
         builder.memory_bytes -= step.memory_bytes
         builder.moves += 1
-        self._count_slots(builder)
+        # One that is free stays so.
+        if builder.id not in self.free:
+            self._count_slots(builder)
 
     def _count_slots(self, builder: Builder) -> None:
         if builder.capacity > len(builder.leases) and builder.willing:

@@ -10,7 +10,7 @@ passing of time.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import assert_never
 
@@ -37,16 +37,18 @@ _LEASED, _PUBLISHING, _DONE = StepState.LEASED, StepState.PUBLISHING, StepState.
 #: Of results of which no size is known.
 NO_SIZES: Mapping[StepKey, int] = {}
 
-_Plan = e.SubmissionReceived | e.SubmissionGrown
+#: Iterator that goes round another one.
+Around = Callable[[Iterator[f.FactOrPause]], Iterator[f.FactOrPause]]
 
 
 class Decider:
-    """The decisions, with the policy and the budgets they are made under. Holds nothing else."""
+    """The decisions, with the policy and the budgets they are made under; what is decided of a plan passes `around`."""
 
-    __slots__ = ("_builder_rules", "_forsaken", "_limits", "_policy", "_state", "_step_rules", "grants")
+    __slots__ = ("_around", "_builder_rules", "_forsaken", "_limits", "_policy", "_state", "_step_rules", "grants")
 
-    def __init__(self, state: FarmState, limits: Limits, policy: Policy) -> None:
+    def __init__(self, state: FarmState, limits: Limits, policy: Policy, around: Around) -> None:
         self._state = state
+        self._around = around
         self._limits = limits
         self._policy = policy
         self._step_rules = StepRules(state, limits, policy)
@@ -54,18 +56,35 @@ class Decider:
         self._forsaken = Forsaken(state, limits, self._step_rules)
         self.grants = Grants(state, policy)
 
-    def decide(self, event: e.Event, now: Instant) -> Iterator[f.FactOrPause]:  # noqa: C901, PLR0912, PLR0915  arms
-        """Yield what follows from one event, without granting leases (`grants` does, once per batch)."""
-        match event:
-            case e.BuildSucceeded():
-                step = self._state.lease_holder(event.lease, _LEASED)
+    def decide(self, events: Iterable[e.Event], now: Instant) -> Iterator[f.FactOrPause]:
+        """Yield what follows from events, without granting leases (`grants` does, once per batch)."""
+        state = self._state
+        for event in events:
+            # Of these come as many as there are builds: they take no generator of their own.
+            if isinstance(event, e.BuildSucceeded):
+                step = state.lease_holder(event.lease, _LEASED)
                 if step is not None and step.builder == event.builder:
                     yield f.StepBuilt(event.lease, event.builder, event.evidence, now, event.output_bytes)
                     if step.faults:
                         yield from self._builder_rules.judge_others(event.builder, now)
-            case e.OutputsPublished():
-                if self._state.lease_holder(event.lease, _PUBLISHING) is not None:
+            elif isinstance(event, e.OutputsPublished):
+                if state.lease_holder(event.lease, _PUBLISHING) is not None:
                     yield f.StepDone(event.lease, now)
+            elif isinstance(event, e.SubmissionReceived | e.SubmissionGrown):
+                yield from self._around(self._wished(event, now))
+                continue
+            else:
+                yield from self._decide(event, now)
+            if state.orphans or state.failing:
+                yield from self._settle(now)
+
+    def _wished(self, event: e.Wished, now: Instant) -> Iterator[f.FactOrPause]:
+        yield from self._received(event, now) if isinstance(event, e.SubmissionReceived) else self._grown(event, now)
+        if self._state.orphans or self._state.failing:
+            yield from self._settle(now)
+
+    def _decide(self, event: e.Other, now: Instant) -> Iterator[f.FactOrPause]:  # noqa: C901, PLR0912  one arm each
+        match event:
             case e.BuilderReported():
                 yield from self._builder_rules.reported(event, now)
             case e.BuildFailed():
@@ -79,10 +98,6 @@ class Decider:
                     yield from self._step_rules.publish_failed(step, event.failure, now)
             case e.ResultsHeld():
                 yield from self._results_held(event, now)
-            case e.SubmissionReceived():
-                yield from self._received(event, now)
-            case e.SubmissionGrown():
-                yield from self._grown(event, now)
             case e.SealAsked():
                 if event.submission in self._state.open:
                     yield f.SubmissionSealed(event.submission, now, event.incomplete)
@@ -107,8 +122,6 @@ class Decider:
                 pass
             case _:
                 assert_never(event)
-        if self._state.orphans or self._state.failing:
-            yield from self._settle(now)
 
     def _settle(self, now: Instant) -> Iterator[f.FactOrPause]:
         """Withdraw what fails fast and has failed, and abandon what no submission wants any more."""
@@ -158,7 +171,12 @@ class Decider:
         roots = [state.steps[key] for key in event.roots]
         known_failures = _KnownFailures(self._limits, event.retry_failed, event.retry, renewed, now)
         yield from self._lose(event, roots, known_failures)
-        if not event.replanned:
+        if event.replanned:
+            # What became of the roots that it had stands; one whose growth was lost begins.
+            had = frozenset(state.submissions[event.submission])
+            further = [root for root in roots if root not in had]
+            yield from self._step_rules.revive(further, restart=True, stands=known_failures)
+        else:
             yield from self._step_rules.revive(roots, restart=True, stands=known_failures)
             yield from self._end_waits(event)
         members = yield from state.descending(roots)
@@ -224,7 +242,7 @@ class Decider:
         limits = {**self._state.limits.get(event.submission, {}), **dict(event.limits)}
         return replace(event, roots=tuple(dict.fromkeys((*known, *event.roots))), limits=tuple(limits.items()))
 
-    def _lose(self, event: _Plan, roots: list[Step], known_failures: _KnownFailures) -> Iterator[f.FactOrPause]:
+    def _lose(self, event: e.Wished, roots: list[Step], known_failures: _KnownFailures) -> Iterator[f.FactOrPause]:
         """Let what the cache has lost be made again, but for what is known to fail below it or below `roots`."""
         state = self._state
         lost = yield from self._lost_steps(event)
@@ -278,7 +296,7 @@ class Decider:
             return known is None or not any(event.submission in root.roots for root in known)
         return known is not None
 
-    def _take_steps(self, event: _Plan) -> Generator[f.FactOrPause, None, dict[StepKey, None]]:
+    def _take_steps(self, event: e.Wished) -> Generator[f.FactOrPause, None, dict[StepKey, None]]:
         """Learn steps and recipes; return the known steps that gained one."""
         renewed: dict[StepKey, None] = {}
         for count, spec in enumerate(event.steps, 1):
@@ -294,7 +312,7 @@ class Decider:
                 yield f.RecipeAdded(spec.key, recipe)
         return renewed
 
-    def _end_waits(self, event: _Plan) -> Iterator[f.FactOrPause]:
+    def _end_waits(self, event: e.Wished) -> Iterator[f.FactOrPause]:
         """Let steps that were handed back go on at once: the client has just sent what they lacked."""
         for count, spec in enumerate(event.steps, 1):
             if not count % PIECE:
@@ -303,7 +321,7 @@ class Decider:
             if step.not_before and step.returns and step.state is StepState.READY:
                 yield f.BackOffEnded(step.key)
 
-    def _lost_steps(self, event: _Plan) -> Generator[Pause, None, list[Step]]:
+    def _lost_steps(self, event: e.Wished) -> Generator[Pause, None, list[Step]]:
         """Return what the core takes for done and a later look into the cache did not find."""
         held = dict.fromkeys(event.held)
         lost: dict[Step, None] = {}

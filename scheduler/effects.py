@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from scheduler.model import BuilderId, LeaseId
+from scheduler.values import quick
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class StartBuild:
     """Hand the lease to the builder; ends in `BuildSucceeded` or `BuildFailed`."""
@@ -16,6 +18,7 @@ class StartBuild:
     recipe: int
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class CancelBuild:
     """Stop the build if it still runs there; a builder that does not know the lease has nothing to do."""
@@ -24,6 +27,7 @@ class CancelBuild:
     builder: BuilderId
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class PublishOutputs:
     """Verify, sign and publish what `evidence` names; ends in `OutputsPublished` or `PublishFailed`."""

@@ -8,30 +8,41 @@ from __future__ import annotations
 
 from typing import Final
 
-from scheduler.model import BuilderId, Instant, LeaseId
+from scheduler.model import BuilderId, Instant, LeaseId, StepKey
 
 #: Seconds after the end of a lease in which its builder may send what it holds of it.
 LATE_S: Final = 3600.0
-#: Leases that are remembered, some 0.3 KiB each; the longest ended are forgotten first.
-MOST: Final = 8192
+#: Leases that are remembered at least, and half of those that are at most, some 0.3 KiB each.
+LEAST: Final = 8192
+
+#: The builder, its incarnation where it had joined ("": known from the journal only), and the end.
+_End = tuple[BuilderId, str, Instant]
 
 
 class EndedLeases:
-    """Written by `FarmState.evolve` alone."""
+    """Written by `FarmState.evolve` alone.
 
-    __slots__ = ("_by_lease",)
+    The longest ended are forgotten many at a time: to find the first of a dictionary whose front is gone costs as much
+    as that front.
+    """
+
+    __slots__ = ("_earlier", "_latest")
 
     def __init__(self) -> None:
-        #: The builder, its incarnation where it had joined ("": known from the journal only), and the end.
-        self._by_lease: dict[LeaseId, tuple[BuilderId, str, Instant]] = {}
+        self._latest: dict[tuple[StepKey, int], _End] = {}
+        #: Those before these.
+        self._earlier: dict[tuple[StepKey, int], _End] = {}
 
-    def add(self, lease: LeaseId, builder: BuilderId, incarnation: str, at: Instant) -> None:
+    def add(self, step: StepKey, attempt: int, builder: BuilderId, incarnation: str, at: Instant) -> None:
         """Remember a lease that ends."""
-        self._by_lease[lease] = builder, incarnation, at
-        if len(self._by_lease) > MOST:
-            del self._by_lease[next(iter(self._by_lease))]
+        latest = self._latest
+        if len(latest) >= LEAST:
+            self._earlier, self._latest = latest, {}
+            latest = self._latest
+        latest[step, attempt] = builder, incarnation, at
 
     def had(self, lease: LeaseId, builder: BuilderId, incarnation: str, now: Instant) -> bool:
         """Return whether this incarnation of a builder had the lease until at most `LATE_S` ago."""
-        by, life, at = self._by_lease.get(lease, (None, "", 0.0))
-        return by == builder and life in {"", incarnation} and now - at <= LATE_S
+        key = lease.step, lease.attempt
+        end = self._latest.get(key) or self._earlier.get(key)
+        return end is not None and end[0] == builder and end[1] in {"", incarnation} and now - end[2] <= LATE_S

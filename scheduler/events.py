@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from scheduler.model import FAR_OFF, BuilderId, BuilderSpec, Failure, Instant, LeaseId, StepKey, StepSpec, SubmissionId
 from scheduler.resource_limits import ResourceLimits
 from scheduler.terms import NO_TERMS, Terms
+from scheduler.values import quick
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ class BuilderJoined:
     unfit: str = ""
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class BuilderReported:
     """A heartbeat. `capacity` is how many leases the builder is willing to hold in all, `leases` those it holds."""
@@ -172,6 +174,7 @@ class WorksEstimated:
     works: tuple[tuple[StepKey, int], ...]
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class BuildSucceeded:
     """The outputs lie in the object store, not yet published. `evidence` is opaque and kept until they are."""
@@ -194,6 +197,7 @@ class BuildFailed:
     limit: int = 0
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class OutputsPublished:
     """The result of this lease can now be fetched by anyone."""
@@ -223,10 +227,11 @@ class TimePassed:
     """The engine woke up at a deadline; all that matters is `now`."""
 
 
-Event = (
-    SubmissionReceived
-    | SubmissionGrown
-    | SealAsked
+#: Events with a graph of steps, and those of which there are as many as builds.
+Wished = SubmissionReceived | SubmissionGrown
+Ended = BuildSucceeded | OutputsPublished
+Other = (
+    SealAsked
     | SubmissionCancelled
     | PriorityAsked
     | SubmissionExpired
@@ -236,10 +241,9 @@ Event = (
     | BuilderLost
     | SpeedsMeasured
     | WorksEstimated
-    | BuildSucceeded
     | BuildFailed
-    | OutputsPublished
     | PublishFailed
     | ResultsHeld
     | TimePassed
 )
+Event = Wished | Ended | Other

@@ -32,6 +32,7 @@ from scheduler.snapshot_facts import StepPast as StepPast
 from scheduler.snapshot_facts import StepRestored as StepRestored
 from scheduler.snapshot_facts import SubmissionRestored as SubmissionRestored
 from scheduler.terms import NO_TERMS, Terms, Withdrawal
+from scheduler.values import quick
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,7 @@ class StepsForgotten:
     steps: tuple[StepKey, ...]
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class StepAdded:
     """A step became known."""
@@ -177,6 +179,7 @@ class RecipeAdded:
     recipe: Recipe
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class StepCached:
     """The cache already holds the result: done without a build. An unknown step enters so, without recipes.
@@ -211,6 +214,7 @@ class StepLost:
     step: StepKey
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class StepLeased:
     """A builder got the right to build. The lease expires unless the builder's heartbeats renew it."""
@@ -244,6 +248,7 @@ class LeaseRevoked:
     memory_bytes: int = 0
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class StepBuilt:
     """Outputs are uploaded; publishing has begun. The builder's slot is free."""
@@ -257,6 +262,7 @@ class StepBuilt:
     output_bytes: int = 0
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class StepDone:
     """The result is published: done means that it can be fetched."""
@@ -315,6 +321,7 @@ class BackOffEnded:
     step: StepKey
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class StepReady:
     """A wanted step has no open need any more: it may be leased, after its back-off where it has one.
@@ -363,6 +370,7 @@ class BuilderAdmitted:
     unfit: str = ""
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class BuilderRefreshed:
     """A heartbeat renewed the builder's leases and reported its capacity.

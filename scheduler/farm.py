@@ -13,21 +13,14 @@ from dataclasses import replace
 from scheduler.considered import Considered, considered
 from scheduler.decide import Decider
 from scheduler.effects import Effect
-from scheduler.events import (
-    BuilderReported,
-    BuildSucceeded,
-    Event,
-    OutputsPublished,
-    SubmissionGrown,
-    SubmissionReceived,
-)
+from scheduler.events import BuilderReported, BuildSucceeded, Event, OutputsPublished
 from scheduler.facts import Fact, FactOrPause, FarmResumed, MembersJoined, StepReady, StepWaiting
 from scheduler.model import NO_INSTANT, BuilderId, Instant, LeaseId, Requirements, StepKey, StepState, SubmissionId
 from scheduler.opening import Opening
 from scheduler.pauses import FACTS_PIECE, PAUSE, PIECE, Pause, whole
 from scheduler.placement import Rooms
 from scheduler.policy import Limits, LongestPathFirst, Policy
-from scheduler.react import react
+from scheduler.react import REACTIONS, react
 from scheduler.reasons import (
     Busy,
     QueuePositions,
@@ -37,6 +30,7 @@ from scheduler.reasons import (
     unserved_classes,
     why,
 )
+from scheduler.records import Step
 from scheduler.resource_limits import ResourceLimits, in_force
 from scheduler.snapshot import tell_all
 from scheduler.state import FarmState
@@ -54,8 +48,8 @@ class Farm:
         #: For reading only.
         self.state = FarmState(policy.rank, policy.weight)
         self._queue_positions = QueuePositions(self.state)
-        self._decider = Decider(self.state, self._limits, policy)
         self._opening = Opening(self.state)
+        self._decider = Decider(self.state, self._limits, policy, self._opening.around)
 
     def handle(self, event: Event, now: Instant) -> tuple[list[Fact], list[Effect]]:
         """Take one event in; return what was decided and what must now be done, both in order.
@@ -82,11 +76,7 @@ class Farm:
         effects: list[Effect] = []
         decider = self._decider
         self._queue_positions.forget()
-        for event in events:
-            decided = decider.decide(event, now)
-            if isinstance(event, SubmissionReceived | SubmissionGrown):
-                decided = self._opening.around(decided)
-            yield from self._take(decided, now, facts, effects)
+        yield from self._take(decider.decide(events, now), now, facts, effects)
         if grant:
             yield from self._take(decider.due(now), now, facts, effects)
             yield from self._take(decider.grants.grant(now), now, facts, effects)
@@ -118,8 +108,7 @@ class Farm:
         facts: list[Fact] = []
         effects: list[Effect] = []
         turned, self.state.turned[:] = list(self.state.turned), ()
-        for event in events:
-            whole(self._take(self._decider.decide(event, now), now, facts, effects))
+        whole(self._take(self._decider.decide(events, now), now, facts, effects))
         if self._opening.lets_grant:
             whole(self._take(self._decider.grants.grant(now), now, facts, effects))
         self.state.turned[:] = turned
@@ -130,7 +119,7 @@ class Farm:
     ) -> Generator[Pause, None, None]:
         state = self.state
         turned, joined = state.turned, state.joined
-        apply = state.apply
+        apply, reaction_to = state.apply, REACTIONS.get
         until_pause = FACTS_PIECE
         for fact in decided:
             if fact is PAUSE:
@@ -141,14 +130,23 @@ class Farm:
                 yield from rest
             facts.append(fact)
             if turned or joined:
-                for count, derived in enumerate(self._derived(now), 1):
-                    facts.append(derived)
-                    if not count % PIECE:
-                        yield PAUSE
-            effects.extend(react(state, fact))
+                if joined or len(turned) > PIECE:
+                    yield from self._telling(now, facts)
+                else:
+                    facts.extend([_turning(step, now) for step in turned])
+                    turned.clear()
+            reaction = reaction_to(type(fact))
+            if reaction is not None:
+                effects.extend(reaction(state, fact))
             until_pause -= 1
             if not until_pause or state.edges_changed >= PIECE:
                 until_pause, state.edges_changed = FACTS_PIECE, 0
+                yield PAUSE
+
+    def _telling(self, now: Instant, facts: list[Fact]) -> Iterator[Pause]:
+        for count, derived in enumerate(self._derived(now), 1):
+            facts.append(derived)
+            if not count % PIECE:
                 yield PAUSE
 
     def _derived(self, at: Instant) -> Iterator[Fact]:
@@ -158,10 +156,7 @@ class Farm:
             yield MembersJoined(step.key, tuple([member.key for member in members]))
         state.joined.clear()
         for step in state.turned:
-            if step.state is StepState.READY:
-                yield StepReady(step.key, at, step.recipe.requirements)
-            else:
-                yield StepWaiting(step.key)
+            yield _turning(step, at)
         state.turned.clear()
 
     def deadline(self) -> Instant | None:
@@ -310,3 +305,9 @@ class Farm:
         True also for a submission that is withdrawn or unknown.
         """
         return self.state.has_ended(submission)
+
+
+def _turning(step: Step, at: Instant) -> StepReady | StepWaiting:
+    if step.state is StepState.READY:
+        return StepReady(step.key, at, step.recipes[step.active].requirements)
+    return StepWaiting(step.key)

@@ -5,12 +5,12 @@ Yields facts as `decide` does, which the caller applies before it takes the next
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from itertools import islice
 
 from scheduler import facts as f
 from scheduler.locality import fetches_of
-from scheduler.model import FAR_OFF, Instant, LeaseId
+from scheduler.model import FAR_OFF, BuilderId, Instant, LeaseId
 from scheduler.placement import LOOK_AHEAD, Placement, Rooms, first_of, nearest
 from scheduler.policy import Policy
 from scheduler.records import Builder, Queue, QueueHead, Step
@@ -41,13 +41,16 @@ class Grants:
             return
         queues = {queue: None for builder in free.values() for queue in builder.queues if queue.lanes}
         placement = Placement(now, self._rooms)
+        able_of: dict[Queue, list[Builder]] = {}
         while queues:
             best = min(queues, key=_head) if len(queues) > 1 else next(iter(queues))
-            able = [builder for builder in free.values() if builder.id in best.builders]
+            able = able_of.get(best)
+            if able is None:
+                able = able_of[best] = _able(best, free)
             if not able:
                 del queues[best]
                 continue
-            step = best.head[3][2]
+            step = best.first
             fitting = placement.with_memory(step, best, able) if step.memory_bytes else able
             if best.speeds or not fitting:
                 chosen = yield from self._earliest(best, able, placement, now)
@@ -59,8 +62,8 @@ class Grants:
                 fitting = nearest(fitting, fetches)
             builder = self._policy.place(step, fitting) if len(fitting) > 1 else fitting[0]
             yield f.StepLeased(LeaseId(step.key, self._state.next_attempt(step)), builder.id, step.active, now)
-            if not free:
-                break
+            if builder.id not in free:
+                _drop(builder, able_of)
             if not best.lanes:
                 del queues[best]
         self.look_again = placement.look_again
@@ -79,6 +82,17 @@ class Grants:
                     if hold is not None and hold is not step.held:
                         yield f.StepHeld(step.key, hold.builder, now, hold.until, hold.over, hold.memory_bytes)
         return None
+
+
+def _able(queue: Queue, free: Mapping[BuilderId, Builder]) -> list[Builder]:
+    return [builder for builder in free.values() if builder.id in queue.builders]
+
+
+def _drop(builder: Builder, able_of: Mapping[Queue, list[Builder]]) -> None:
+    """A builder has no room any more."""
+    for able in able_of.values():
+        if builder in able:
+            able.remove(builder)
 
 
 def _head(queue: Queue) -> QueueHead:

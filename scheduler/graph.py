@@ -218,8 +218,9 @@ class StepGraph:
         """Let go of the needs; those that no other step or root wants become orphans."""
         if not step.engaged:
             return
-        self.edges_changed += len(step.needs)
-        for need in step.needs:
+        needs = step.needs
+        self.edges_changed += len(needs)
+        for need in needs:
             need.lose(step)
             if need.engaged:
                 self.partings += 1
@@ -232,8 +233,8 @@ class StepGraph:
     def _meet(self, dependents: Iterable[Step]) -> None:
         """A need of these is done."""
         for dependent in dependents:
-            dependent.unmet -= 1
-            if dependent.unmet == 0 and dependent.state is _WAITING:
+            unmet = dependent.unmet = dependent.unmet - 1
+            if not unmet and dependent.state is _WAITING:
                 self._become_ready(dependent)
 
     def _meet_in_pieces(self, dependents: Collection[Step]) -> Iterator[Pause]:
@@ -243,8 +244,11 @@ class StepGraph:
 
     def _become_ready(self, step: Step) -> None:
         self._move(step, _READY)
-        self.ready.put(step)
         self.turned.append(step)
+        if step.not_before:
+            self.ready.delay(step)
+        else:
+            self.ready.enqueue(step)
 
 
 def pieces(steps: tuple[Step, ...]) -> Iterator[tuple[Step, ...]]:

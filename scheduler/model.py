@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType
 
+from scheduler.values import quick
+
 
 class ImpossibleError(Exception):
     """An input or fact that cannot occur unless another part has a bug; the root of this package's exceptions.
@@ -125,6 +127,7 @@ class StepState(StrEnum):
     ABANDONED = "abandoned"
 
 
+@quick
 @dataclass(frozen=True, slots=True, order=True)
 class LeaseId:
     """The right to build one step once. `attempt` counts from 1 and never repeats for a step: it is the fence."""

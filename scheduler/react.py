@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 from scheduler import facts as f
 from scheduler.effects import CancelBuild, Effect, PublishOutputs, StartBuild
@@ -10,23 +11,30 @@ from scheduler.model import BuilderId, FailureKind, StepState
 from scheduler.state import FarmState
 
 
-def react(state: FarmState, fact: f.Fact) -> Sequence[Effect]:  # noqa: PLR0911  one per kind of fact
+def react(state: FarmState, fact: f.Fact) -> Sequence[Effect]:
     """Return the effects of a fact that `state` already holds."""
-    match fact:
-        case f.StepLeased():
-            return (StartBuild(fact.lease, fact.builder, fact.recipe),)
-        case f.StepBuilt():
-            return (PublishOutputs(fact.lease, fact.evidence),)
-        case f.LeaseRevoked(failure=failure) if failure.kind is FailureKind.CANCELLED:
-            return (CancelBuild(fact.lease, fact.builder),)
-        case f.BuilderRefreshed() if fact.missing or fact.unknown:
-            return _heal(state, fact.builder, fact)
-        case f.BuilderAdmitted() if fact.missing or fact.unknown:
-            return _heal(state, fact.builder.id, fact)
-        case f.FarmResumed():
-            return _resume(state)
-        case _:
-            return ()
+    reaction = REACTIONS.get(type(fact))
+    return () if reaction is None else reaction(state, fact)
+
+
+def _start(_state: FarmState, fact: f.StepLeased) -> Sequence[Effect]:
+    return (StartBuild(fact.lease, fact.builder, fact.recipe),)
+
+
+def _publish(_state: FarmState, fact: f.StepBuilt) -> Sequence[Effect]:
+    return (PublishOutputs(fact.lease, fact.evidence),)
+
+
+def _cancel(_state: FarmState, fact: f.LeaseRevoked) -> Sequence[Effect]:
+    return (CancelBuild(fact.lease, fact.builder),) if fact.failure.kind is FailureKind.CANCELLED else ()
+
+
+def _heal_refreshed(state: FarmState, fact: f.BuilderRefreshed) -> Sequence[Effect]:
+    return _heal(state, fact.builder, fact)
+
+
+def _heal_admitted(state: FarmState, fact: f.BuilderAdmitted) -> Sequence[Effect]:
+    return _heal(state, fact.builder.id, fact)
 
 
 def _heal(state: FarmState, builder: BuilderId, fact: f.BuilderRefreshed | f.BuilderAdmitted) -> Sequence[Effect]:
@@ -34,7 +42,7 @@ def _heal(state: FarmState, builder: BuilderId, fact: f.BuilderRefreshed | f.Bui
     return [*again, *(CancelBuild(lease, builder) for lease in fact.unknown)]
 
 
-def _resume(state: FarmState) -> Sequence[Effect]:
+def _resume(state: FarmState, _fact: f.FarmResumed) -> Sequence[Effect]:
     effects: list[Effect] = []
     for step in state.steps.values():
         if step.state is StepState.LEASED:
@@ -42,3 +50,14 @@ def _resume(state: FarmState) -> Sequence[Effect]:
         elif step.state is StepState.PUBLISHING:
             effects.append(PublishOutputs(step.lease, step.evidence))
     return effects
+
+
+#: What follows from each kind of fact; all others ask nothing of the shell.
+REACTIONS: Final[Mapping[type[f.Fact], Callable[[FarmState, Any], Sequence[Effect]]]] = {
+    f.StepLeased: _start,
+    f.StepBuilt: _publish,
+    f.LeaseRevoked: _cancel,
+    f.BuilderRefreshed: _heal_refreshed,
+    f.BuilderAdmitted: _heal_admitted,
+    f.FarmResumed: _resume,
+}

@@ -38,7 +38,7 @@ STRIDE: Final = 1 << 40
 class ReadyIndex:
     """Queues and back-offs over the builders of a state. `rank` is called whenever a step is put in a queue."""
 
-    __slots__ = ("_builders", "_rank", "_shares", "_turn", "_weigh", "delayed", "forsaken", "queues")
+    __slots__ = ("_builders", "_homes", "_rank", "_shares", "_turn", "_weigh", "delayed", "forsaken", "queues")
 
     def __init__(
         self,
@@ -54,6 +54,8 @@ class ReadyIndex:
         self._turn = 0
         #: One queue per class and avoided builder ever met; those of builders that are gone are dropped when empty.
         self.queues: dict[tuple[Requirements, BuilderId], Queue] = {}
+        #: Those where no builder is avoided, by system and features; never dropped.
+        self._homes: dict[tuple[str, tuple[str, ...]], Queue] = {}
         #: Back-offs as (not_before, sequence, step); the first is always live.
         self.delayed: list[tuple[Instant, int, Step]] = []
         #: Steps that have come to stand where no builder can take them (taken by `scheduler.forsaken`).
@@ -64,12 +66,9 @@ class ReadyIndex:
         """Number of leases ever granted."""
         return self._turn
 
-    def put(self, step: Step) -> None:
-        """Take in a step that has become ready."""
-        if step.not_before:
-            heappush(self.delayed, (step.not_before, step.sequence, step))
-        else:
-            self.enqueue(step)
+    def delay(self, step: Step) -> None:
+        """Let a step that has become ready wait for the end of its back-off."""
+        heappush(self.delayed, (step.not_before, step.sequence, step))
 
     def enqueue(self, step: Step, standing: tuple[int, ...] = ()) -> None:
         """Put a ready step in the lanes of its queue, anew where its rank or its owners have changed.
@@ -77,23 +76,40 @@ class ReadyIndex:
         `standing` are owners in whose lanes of the queue it stands already: unless its rank is another one by now,
         these stay as they are, so that many submissions of one graph leave one entry in each lane.
         """
-        queue = self._queue_of(step)
+        queue = step.home
+        if queue is None or step.avoid:
+            queue = self._queue_of(step)
         rank = self._rank(step)
-        moves = step.queue is queue and step.rank != rank
-        stays = frozenset(standing) if step.queue is queue and step.rank == rank else frozenset()
-        step.rank = rank
-        if step.queue is not queue:
-            self._stand(step, queue)
         entry = (-rank, step.sequence, step)
+        if step.queue is queue:
+            before, step.rank = step.rank, rank
+            self._enter_anew(entry, queue, standing, moves=before != rank)
+            return
+        if step.queue is not None:
+            step.queue.standing -= 1
+            step.held = None
+        step.queue, step.rank = queue, rank
+        queue.standing += 1
+        if not queue.builders:
+            self.forsaken[step] = None
+        lanes = queue.lanes
+        for stake in step.owners:
+            lane = lanes.get(stake) or self._open_lane(queue, stake)
+            if lane is not None:
+                heappush(lane.heap, entry)
+
+    def _enter_anew(
+        self, entry: tuple[int, int, Step], queue: Queue, standing: tuple[int, ...], *, moves: bool
+    ) -> None:
+        """Put a step that stands in a queue into all lanes of its owners, or those that are not `standing`."""
+        step = entry[2]
+        stays = frozenset() if moves else frozenset(standing)
         for stake in step.owners:
             if stake in stays:
                 continue
-            lane = queue.lanes.get(stake)
+            lane = queue.lanes.get(stake) or self._open_lane(queue, stake)
             if lane is None:
-                # What an ended submission has left on the step opens no lane.
-                if not self._shares.is_live(stake):
-                    continue
-                lane = self._open_lane(queue, stake)
+                continue
             heappush(lane.heap, entry)
             top = lane.heap[0]
             # Only what the step itself had left there can be stale.
@@ -105,17 +121,10 @@ class ReadyIndex:
                 if lane.stale * 2 > len(lane.heap):
                     _drop_stale(queue, lane)
 
-    def _stand(self, step: Step, queue: Queue) -> None:
-        """Count a step in a queue, and no longer in the one where it stood."""
-        if step.queue is not None:
-            step.queue.standing -= 1
-            step.held = None
-        queue.standing += 1
-        step.queue = queue
-        if not queue.builders:
-            self.forsaken[step] = None
-
-    def _open_lane(self, queue: Queue, stake: int) -> Lane:
+    def _open_lane(self, queue: Queue, stake: int) -> Lane | None:
+        """Return a new lane; None for what an ended submission has left on a step."""
+        if not self._shares.is_live(stake):
+            return None
         owner = self._shares.owner_of(stake)
         group = queue.groups.get(owner)
         if group is None:
@@ -133,9 +142,11 @@ class ReadyIndex:
             return
         step.queue = step.held = None
         queue.standing -= 1
-        self.forsaken.pop(step, None)
+        if self.forsaken:
+            self.forsaken.pop(step, None)
+        lanes = queue.lanes
         for stake in step.owners:
-            lane = queue.lanes.get(stake)
+            lane = lanes.get(stake)
             if lane is None:
                 continue
             if lane.heap[0][2] is step:
@@ -143,22 +154,30 @@ class ReadyIndex:
             else:
                 _leave_stale(queue, lane)
 
-    def served(self, step: Step, builder: Builder | None) -> None:
-        """A builder takes a step, which still stands in its queue: its owners come last in all that builder can take.
+    def taken(self, step: Step, builder: Builder | None) -> None:
+        """A builder takes a step: it leaves its queue, and its owners come last in all that the builder can take.
 
         None is a builder that is only known from a journal.
         """
         self._turn += 1
-        queue = step.queue
-        if queue is None or builder is None:
-            return
+        if builder is not None and step.queue is not None:
+            self._serve(step, step.queue, builder)
+        self.leave(step)
+
+    def _serve(self, step: Step, queue: Queue, builder: Builder) -> None:
         # Behind those that begin to wait before the next lease is granted.
         turn = self._turn + 1
-        lanes = [lane for stake in step.owners if (lane := queue.lanes.get(stake)) is not None]
-        if not lanes:
+        tags: dict[str, int] = {}
+        least = -1
+        for stake in step.owners:
+            lane = queue.lanes.get(stake)
+            if lane is not None:
+                group = lane.group
+                tags[group.owner] = group.tag + group.stride
+                if least < 0 or group.tag < least:
+                    least = group.tag
+        if not tags:
             return
-        least = min([lane.group.tag for lane in lanes])
-        tags = {lane.group.owner: lane.group.tag + lane.group.stride for lane in lanes}
         for other in builder.queues:
             other.virtual = max(other.virtual, least)
             if other.lanes:
@@ -206,10 +225,15 @@ class ReadyIndex:
                     self.forsaken.update((step, None) for _, _, step in lane.heap if step.queue is queue)
 
     def _queue_of(self, step: Step) -> Queue:
+        requirements = step.recipe.requirements
         if step.avoid:
-            return self._queue(step.recipe.requirements, step.avoid)
+            return self._queue(requirements, step.avoid)
         if step.home is None:
-            step.home = self._queue(step.recipe.requirements, NO_BUILDER)
+            # Every step comes here once, and the hash of requirements takes as long as all else.
+            key = requirements.system, requirements.features
+            step.home = self._homes.get(key)
+            if step.home is None:
+                step.home = self._homes[key] = self._queue(requirements, NO_BUILDER)
         return step.home
 
     def _queue(self, requirements: Requirements, avoid: BuilderId) -> Queue:

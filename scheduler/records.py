@@ -185,6 +185,8 @@ class Step:
             del known[dependent]
             if not known:
                 self.dependents = ()
+        elif len(known) == 1:
+            self.dependents = ()
         else:
             at = known.index(dependent)
             self.dependents = known[:at] + known[at + 1 :]
@@ -298,6 +300,14 @@ class Queue:
         self.by_speed: tuple[Builder, ...] = ()
         #: Most memory of a willing one; 0 where that of one is not known, or there is none.
         self.most_memory_bytes = 0
+
+    @property
+    def first(self) -> Step:
+        """The step that goes first; the queue must not be empty."""
+        if len(self.lanes) == 1:
+            for lane in self.lanes.values():
+                return lane.heap[0][2]
+        return self.head[3][2]
 
     @property
     def head(self) -> QueueHead:

@@ -78,10 +78,7 @@ class FarmState(WantedSteps):
             case f.StepBuilt():
                 self._built(fact)
             case f.StepDone():
-                step = self._subject(fact, fact.lease.step)
-                step.done_at = fact.at
-                self._roster.end_lease(step, fact.at)
-                return self._finish(step, _DONE)
+                return self._done(fact)
             case f.BuilderRefreshed():
                 self._roster.refreshed(fact)
             case f.StepAdded():
@@ -232,11 +229,12 @@ class FarmState(WantedSteps):
         Where a done step has many dependents, the iterator that is returned updates them, as in `apply`.
         """
         self._move(step, target)
-        for submission in step.roots:
-            self._end_share(submission)
-            if target is not _DONE:
-                self._root_failed(submission)
-        step.roots = ()
+        if step.roots:
+            for submission in step.roots:
+                self._end_share(submission)
+                if target is not _DONE:
+                    self._root_failed(submission)
+            step.roots = ()
         step.evidence = b""
         if self.orphans:
             self.orphans.pop(step.key, None)
@@ -244,11 +242,19 @@ class FarmState(WantedSteps):
         if target is not _DONE:
             self.generation += 1
             step.generation_ended = self.generation
-        elif len(step.dependents) > PIECE:
+            return None
+        if len(step.dependents) > PIECE:
             return self._meet_in_pieces(step.dependents)
-        else:
-            self._meet(step.dependents)
+        self._meet(step.dependents)
         return None
+
+    def _done(self, fact: f.StepDone) -> Iterator[Pause] | None:
+        step = self.steps.get(fact.lease.step)
+        if step is None or step.state is not _PUBLISHING:
+            raise ImpossibleError(f"{fact.lease} cannot be done: {step}")
+        step.done_at = fact.at
+        self._roster.end_lease(step, fact.at)
+        return self._finish(step, _DONE)
 
     def _failed(self, fact: f.StepFailed) -> None:
         step = self._subject(fact, fact.step)
@@ -315,31 +321,41 @@ class FarmState(WantedSteps):
         yield from self._engage(below)
 
     def _leased(self, fact: f.StepLeased) -> None:
-        step = self._subject(fact, fact.lease.step)
-        if fact.lease.attempt != self.next_attempt(step) or fact.recipe != step.active or step.unmet:
-            raise ImpossibleError(f"{fact.lease} cannot follow {step}")
+        lease = fact.lease
+        step = self.steps.get(lease.step)
+        if (
+            step is None
+            or step.state is not _READY
+            or lease.attempt != self.next_attempt(step)
+            or fact.recipe != step.active
+        ):
+            raise ImpossibleError(f"{lease} cannot follow {step}")
         # A replayed lease was granted after its back-off, whose end the journal does not hold.
         step.not_before = NO_INSTANT
-        step.attempt = fact.lease.attempt
+        step.attempt = lease.attempt
         step.builder = fact.builder
         step.asked_at, step.resends = fact.at, 0
-        self.ready.served(step, self.builders.get(fact.builder))
-        self._move(step, _LEASED)
+        self.ready.taken(step, self.builders.get(fact.builder))
+        step.state = _LEASED
         self._roster.lease(step, fact.builder, fact.at)
 
     def _open(self, fact: f.LeaseRevoked | f.StepBuilt) -> Step:
-        step = self._subject(fact, fact.lease.step)
-        if step.attempt != fact.lease.attempt or step.builder != fact.builder:
+        step = self.steps.get(fact.lease.step)
+        # It has a builder in no other state than those from which the facts lead on.
+        if step is None or step.attempt != fact.lease.attempt or step.builder != fact.builder:
             raise ImpossibleError(f"{fact.lease} is not the open lease of {step}")
         return step
 
     def _built(self, fact: f.StepBuilt) -> None:
         step = self._open(fact)
-        self._roster.has_built(step, fact.builder)
+        if step.state is not _LEASED:
+            raise ImpossibleError(f"{fact.lease} is built already")
+        roster = self._roster
+        roster.has_built(step, fact.builder)
         if fact.output_bytes or step.output_bytes:
             make(step, self.builders[fact.builder].place, fact.output_bytes)
-        self._roster.free_slot(step)
-        self._move(step, _PUBLISHING)
+        roster.free_slot(step)
+        step.state = _PUBLISHING
         step.evidence = fact.evidence
 
     def _revoked(self, fact: f.LeaseRevoked) -> None:
@@ -429,7 +445,10 @@ class FarmState(WantedSteps):
                 if need.state is not _DONE:
                     step.unmet += 1
             if step.state is _READY:
-                self.ready.put(step)
+                if step.not_before:
+                    self.ready.delay(step)
+                else:
+                    self.ready.enqueue(step)
 
     def _restore_owners(self) -> None:
         merged: Merged = {}

@@ -202,3 +202,13 @@ def test_a_root_costs_what_is_new_below_it() -> None:
     assert max(costs) < 20
     assert pauses(submit("t", [spec.key for spec in base[99::100]], *base)) > 100
     assert sorted(itertools.chain(farm.state.open)) == ["s"]
+
+
+def test_a_further_root_of_a_plan_made_anew_revives_what_others_have_left_below_it() -> None:
+    """A growth may be lost and its roots come with the next plan: what lapsed below them begins a new life."""
+    scene = opened()
+    scene.play(submit("gone", ["low"], step("low")))
+    scene.play(cancel("gone"))
+    scene.play(grow("s", ["x"], step("x")))
+    scene.play(submit("s", ["x", "y"], step("x"), step("y", "low"), step("low"), replanned=True))
+    assert scene.states("x", "y", "low") == ["leased", "waiting", "leased"]
