@@ -153,7 +153,6 @@ class StepsForgotten:
     steps: tuple[StepKey, ...]
 
 
-@quick
 @dataclass(frozen=True, slots=True)
 class StepAdded:
     """A step became known."""
@@ -179,7 +178,6 @@ class RecipeAdded:
     recipe: Recipe
 
 
-@quick
 @dataclass(frozen=True, slots=True)
 class StepCached:
     """The cache already holds the result: done without a build. An unknown step enters so, without recipes.
@@ -242,8 +240,7 @@ class LeaseRevoked:
     #: The submission that pays for another attempt, and the end of what it has paid for by now (`state.paid_until`).
     payer: SubmissionId | None = None
     paid_until: Instant = NO_INSTANT
-    #: Absent in journals of before 2026-11-30.
-    at: Instant = NO_INSTANT
+    at: Instant = NO_INSTANT  # absent in journals of before 2026-11-30
     #: Memory that the step asks for from now on, because it seems to have died of too little; 0: as before.
     memory_bytes: int = 0
 
@@ -280,8 +277,7 @@ class StepFellBack:
     step: StepKey
     recipe: int
     failure: Failure
-    #: Absent in journals of before 2026-11-30.
-    at: Instant = NO_INSTANT
+    at: Instant = NO_INSTANT  # absent in journals of before 2026-11-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,7 +366,6 @@ class BuilderAdmitted:
     unfit: str = ""
 
 
-@quick
 @dataclass(frozen=True, slots=True)
 class BuilderRefreshed:
     """A heartbeat renewed the builder's leases and reported its capacity.
