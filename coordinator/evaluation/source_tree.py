@@ -22,6 +22,8 @@ MAX_BYTES: Final = 1024 * 1024 * 1024
 MAX_TOP: Final = 200
 #: Changes from run to run, though nothing that is evaluated does.
 _CLOCK: Final = re.compile(rb"\bcurrentTime\b|\b__currentTime\b")
+#: Part of all that `_CLOCK` finds: looked for first, forty times as fast as an expression without a fixed beginning.
+_CLOCK_WORD: Final = b"currentTime"
 #: Where `restrict-eval` answers otherwise without an error, and what it forbids although it may have a fixed hash.
 _OUTSIDE: Final = re.compile(
     rb"getEnv|pathExists|nixPath|findFile|fetchTarball|fetchTree|fetchGit\b|fetchMercurial|fetchClosure"
@@ -41,7 +43,7 @@ class SourceTree:
     root: Path
     #: Names at its top that may be read.
     top: tuple[str, ...]
-    #: Of all names, kinds, modes and contents below.
+    #: Of all names, kinds, modes and contents below; empty where there is a leak, with which reading ends.
     digest: str
     #: What makes an evaluation of it depend on something else; empty: nothing that was found.
     leak: str
@@ -62,15 +64,16 @@ def read_tree(root: Path) -> SourceTree:
         top = tuple(sorted(each.name for each in root.iterdir() if each.name != ".git"))
         if len(top) > MAX_TOP:
             raise NotWholeError(f"{root} has more than {MAX_TOP} entries")
-        digest, leak = hashlib.sha256(), ""
+        digest = hashlib.sha256()
         for path, mode, content in _members(root, top):
+            if leak := _leak(path, content):
+                return SourceTree(root, top, "", leak)
             name = os.fsencode(path.relative_to(root))
             digest.update(b"%d %s %d %d " % (len(name), name, mode, len(content)))
             digest.update(content)
-            leak = leak or _leak(path, content)
     except OSError as error:
         raise NotWholeError(f"{error.filename}: {error.strerror}") from None
-    return SourceTree(root, top, digest.hexdigest(), leak)
+    return SourceTree(root, top, digest.hexdigest(), "")
 
 
 def find_clock(root: Path) -> str:
@@ -81,35 +84,60 @@ def find_clock(root: Path) -> str:
     """
     try:
         top = sorted(each.name for each in root.iterdir()) if root.is_dir() else []
-        return next((str(path) for path, _, content in _members(root, top) if _CLOCK.search(content)), "")
+        return next((str(path) for path, _, content in _members(root, top) if _clock(content)), "")
     except OSError as error:
         raise NotWholeError(f"{error.filename}: {error.strerror}") from None
 
 
 def _members(root: Path, top: list[str] | tuple[str, ...]) -> Iterator[tuple[Path, int, bytes]]:
-    """Yield path, kind with executable bit, and content of all below, in one order."""
-    files, size = 0, 0
+    """Yield path, kind with executable bit, and content of all below, in one order.
+
+    A tree that is too large is refused before any of it is read.
+    """
+    for path, found in _found(root, top):
+        kind = stat.S_IFMT(found.st_mode)
+        if kind == stat.S_IFDIR:
+            yield path, kind, b""
+        elif kind == stat.S_IFLNK:
+            yield path, kind, os.fsencode(path.readlink())
+        else:
+            yield path, kind | (found.st_mode & stat.S_IXUSR), _content(path, found.st_size)
+
+
+def _found(root: Path, top: list[str] | tuple[str, ...]) -> list[tuple[Path, os.stat_result]]:
+    """Return all that is below, in one order: the entries of a directory follow it."""
+    entries: list[tuple[Path, os.stat_result]] = []
+    size = 0
     waiting = [root / name for name in reversed(top)]
     while waiting:
         path = waiting.pop()
         found = path.lstat()
-        files, size = files + 1, size + found.st_size
-        if files > MAX_FILES or size > MAX_BYTES:
+        entries.append((path, found))
+        size += found.st_size
+        if len(entries) > MAX_FILES or size > MAX_BYTES:
             raise NotWholeError(f"{root} has more than {MAX_FILES} files or {MAX_BYTES >> 20} MiB")
-        kind = stat.S_IFMT(found.st_mode)
-        if kind == stat.S_IFDIR:
-            yield path, kind, b""
+        if stat.S_ISDIR(found.st_mode):
             waiting += sorted(path.iterdir(), reverse=True)
-        elif kind == stat.S_IFLNK:
-            yield path, kind, os.fsencode(path.readlink())
-        elif kind == stat.S_IFREG:
-            yield path, kind | (found.st_mode & stat.S_IXUSR), path.read_bytes()
-        else:
+        elif not stat.S_ISLNK(found.st_mode) and not stat.S_ISREG(found.st_mode):
             raise NotWholeError(f"{path} is neither a file, a directory nor a link")
+    return entries
+
+
+def _content(path: Path, size: int) -> bytes:
+    """Read a file of a size that was counted."""
+    with path.open("rb") as file:
+        content = file.read(size + 1)
+    if len(content) > size:
+        raise NotWholeError(f"{path} grows while it is read")
+    return content
+
+
+def _clock(content: bytes) -> re.Match[bytes] | None:
+    return _CLOCK.search(content) if _CLOCK_WORD in content else None
 
 
 def _leak(path: Path, content: bytes) -> str:
-    found = _CLOCK.search(content) or _OUTSIDE.search(content)
+    found = _clock(content) or _OUTSIDE.search(content)
     if found is None and (path.suffix == ".nix" or b"tryEval" in content):
         found = _SEARCH_PATH.search(content)
     return f"{path} has {found[0].decode()}" if found else ""
