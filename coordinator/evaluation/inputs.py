@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final, cast
 
 from coordinator.evaluation.cache import EvaluationCache
 from coordinator.evaluation.errors import EvaluationError
@@ -33,10 +33,15 @@ from coordinator.evaluation.pool import PoolLimits
 from coordinator.evaluation.source import NixValue, TreeOrigin, file_expression, is_url, sources_of
 from infra.process import ProcessError, ProcessNotFound, run
 
+if TYPE_CHECKING:
+    from io import BufferedReader
+
 #: Name of standard input among files and attributes.
 STDIN: Final = "-"
 #: A hundred thousand lines of nix-eval-jobs.
 MAX_STDIN_BYTES: Final = 256 * 1024 * 1024
+#: Bytes of standard input that are read at one time, at most.
+_STDIN_PIECE_BYTES: Final = 64 * 1024
 #: Seconds for Nix to read an expression, and for it to say which system this is.
 _PARSE_S: Final = 60.0
 _MAX_OUTPUT_BYTES: Final = 16 * 1024 * 1024
@@ -111,39 +116,55 @@ async def findings_asked(inputs: Inputs, means: EvaluationMeans) -> AsyncGenerat
 
 
 async def _findings_of_stdin() -> AsyncGenerator[tuple[AttrPlace, Finding]]:
-    """Read standard input line by line, each as it comes; what came before under its name does not come again."""
+    """Read standard input, each line as it comes; what came before under its name does not come again."""
     seen: set[Finding] = set()
-    number = read_bytes = 0
-    while True:
-        line = await _next_line()
-        if not line:
-            return
-        number, read_bytes = number + 1, read_bytes + len(line)
+    number = 0
+    async with aclosing(_lines_of_stdin()) as lines:
+        async for line in lines:
+            number += 1
+            for finding in findings_of_line(number, line.decode(errors="replace")):
+                if finding not in seen:
+                    seen.add(finding)
+                    yield AttrPlace(0, number), finding
+
+
+async def _lines_of_stdin() -> AsyncGenerator[bytes]:
+    """Read lines, as many at one time as are there. Raises `EvaluationError` where there are too many bytes."""
+    read_bytes = 0
+    begun: list[bytes] = []
+    while piece := await _next_piece():
+        read_bytes += len(piece)
         if read_bytes > MAX_STDIN_BYTES:
             raise _too_much()
-        for finding in findings_of_line(number, line.decode(errors="replace")):
-            if finding not in seen:
-                seen.add(finding)
-                yield AttrPlace(0, number), finding
+        *lines, rest = piece.split(b"\n")
+        if lines:
+            lines[0] = b"".join([*begun, lines[0]])
+            begun.clear()
+        begun.append(rest)
+        for line in lines:
+            yield line
+    if any(begun):
+        yield b"".join(begun)
 
 
-def _settle(line: asyncio.Future[bytes], data: bytes) -> None:
-    if not line.done():
-        line.set_result(data)
+def _settle(piece: asyncio.Future[bytes], data: bytes) -> None:
+    if not piece.done():
+        piece.set_result(data)
 
 
-async def _next_line() -> bytes:
-    """Read a line in a thread that ends with the program, however long standard input says nothing."""
+async def _next_piece() -> bytes:
+    """Read what is there in a thread that ends with the program, however long standard input says nothing."""
     loop = asyncio.get_running_loop()
-    line: asyncio.Future[bytes] = loop.create_future()
+    piece: asyncio.Future[bytes] = loop.create_future()
+    stdin = cast("BufferedReader", sys.stdin.buffer)
 
     def read() -> None:
-        data = sys.stdin.buffer.readline(MAX_STDIN_BYTES + 1)
+        data = stdin.read1(_STDIN_PIECE_BYTES)
         with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(_settle, line, data)
+            loop.call_soon_threadsafe(_settle, piece, data)
 
     threading.Thread(target=read, daemon=True).start()
-    return await line
+    return await piece
 
 
 def _nothing(inputs: Inputs, evaluation: Evaluation) -> str:

@@ -483,6 +483,24 @@ def test_lines_of_standard_input_name_derivations_or_are_those_of_nix_eval_jobs(
             findings_of_line(1, line)
 
 
+async def test_lines_of_standard_input_are_whole_however_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = json.dumps({"attr": "long", "error": "error: " + "no " * 50_000})
+    pieces = [DRV[:20], f"{DRV[20:]}\n\n{DRV}!dev\n{failed[:70_000]}", f"{failed[70_000:]}\n", DRV, "!out"]
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as standard_input:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(standard_input))
+
+        def write() -> None:
+            with os.fdopen(writing, "w") as out:
+                for piece in pieces:
+                    out.write(piece)
+                    out.flush()
+
+        found, _ = await asyncio.gather(evaluated("-", flags=()), asyncio.to_thread(write))
+    assert [each.outputs for each in found.wanted] == [(), ("dev",), ("out",)]
+    assert [(each.attr, len(each.text)) for each in found.failed] == [("long", len("error: " + "no " * 50_000) - 1)]
+
+
 def test_texts_are_written_as_nix_reads_them_back() -> None:
     assert nix_text('a"b\\c${d}\ne') == '"a\\"b\\\\c\\${d}\\ne"'
 
