@@ -1,17 +1,22 @@
 """Derivations per second, from .drv files on disk to a graph that the scheduler has accepted.
 
-Ours, on one core, client and coordinator in one process, without HTTP between them:
+Ours, client and coordinator in one process without HTTP between them, with as many child processes that verify as are
+asked for (none: all in threads of one process):
 
-    read       every .drv of the closure from the store directory, parsed to find its inputs (client)
-    send       the compressed stream is written, and read again (both)
-    verify     every .drv path and every output path is recomputed (coordinator)
-    store      derivations, options and resolved inputs go into SQLite, durably
+    read       every .drv of the closure from the store directory, as far as its inputs (client)
+    missing    one question about all of them
+    stream     written and read (both), every .drv path and every output path recomputed, options and resolved inputs
+               written to SQLite, durably; all at one time
     plan       collapse to steps, one question to the cache about all outputs, recipe places, SubmissionReceived
     accept     Farm.handle takes the event
 
-Peer: `nix-store --query --requisites ROOTS` on the same corpus after `nix-store --load-db`: Nix answers the closure
-question from its own database, and verifies, stores and plans nothing. It is the nearest that Nix has, and does less.
-The target is stated beside both: 10,000 derivations per second.
+Peers, on the same corpus after `nix-store --load-db`: `nix-store --query --requisites ROOTS`, for which Nix reads its
+own database and no file; and `nix show-derivation -r ROOTS`, which reads and prints every file. Both verify, store and
+plan nothing. Targets: 0.3 x of the first and 4 x of the second on two cores.
+
+Beside the wall time stands the processor time of this process and of its children in each stage. From those of the
+stream follows what more cores can give at best: this process is one thread's worth of Python, its children divide
+their work.
 """
 
 from __future__ import annotations
@@ -20,17 +25,23 @@ import asyncio
 import gc
 import os
 import random
+import resource
+import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+
+import uvloop
 
 from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.streams import encode_derivations
 from coordinator.client.closure import LocalStore, read_closure
 from coordinator.intake.intake import Intake
+from coordinator.intake.verifier_pool import VerifierPool
 from coordinator.stores.derivations import DerivationStore
 from infra.cache.cache import Cache
 from infra.nix.nar import NarData, NarFile, write_events
@@ -39,10 +50,16 @@ from infra.nix.store_path import StoreDir, base_name_of
 from infra.objects.store import open_object_store
 from scheduler.farm import Farm
 from scheduler.model import Instant, SubmissionId
+from tests.benchmarks.processes import children_processor_s
 from tests.benchmarks.report import arguments, progress, publish
 from tests.support.graphs import Made, Maker
 
-TARGET = 10_000
+REQUISITES = "nix-store --query --requisites"
+SHOW = "nix show-derivation -r"
+#: Ratios to both.
+TARGETS = (0.3, 4.0)
+#: Cores for which the bound of the stream is stated.
+CORES = (1, 2, 4, 8, 16)
 STORE = StoreDir("/nix/store")
 FLAGS = (
     "cmakeFlags configureFlags mesonFlags doCheck doInstallCheck enableParallelBuilding enableParallelChecking "
@@ -132,8 +149,51 @@ def nix_requisites(root: Path, roots: list[Made], expected: int) -> float:
     return took
 
 
-async def ingest(root: Path, state: Path, roots: list[Made]) -> dict[str, float]:
-    """One run into empty databases; returns seconds by stage."""
+def nix_show(root: Path, roots: list[Made]) -> float:
+    """Seconds of `nix show-derivation -r`."""
+    command = ["nix", "--extra-experimental-features", "nix-command", "show-derivation", "-r", "--store", str(root)]
+    began = time.monotonic()
+    subprocess.run(
+        [*command, *(made.drv for made in roots)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    return time.monotonic() - began
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Seconds of one stage: of wall time, of this process's processors, of its children's."""
+
+    wall: float
+    own: float
+    children: float
+
+
+def processor_of(peer: Callable[[], float]) -> tuple[float, float]:
+    """Return the seconds that a program took, and those of processors."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took = peer()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return took, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+class Laps:
+    """Stages of one run, one after the other."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, Stage] = {}
+        self._before = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        return time.monotonic(), time.process_time(), children_processor_s(os.getpid())
+
+    def lap(self, name: str) -> None:
+        before, self._before = self._before, self._now()
+        self.stages[name] = Stage(*(now - then for now, then in zip(self._before, before, strict=True)))
+
+
+async def ingest(root: Path, state: Path, roots: list[Made], processes: int) -> dict[str, Stage]:
+    """One run into empty databases; returns what each stage took."""
     objects = open_object_store((state / "objects").as_uri())
     cache = await Cache.open(
         f"sqlite+aiosqlite:///{state}/cache.sqlite3",
@@ -144,51 +204,110 @@ async def ingest(root: Path, state: Path, roots: list[Made]) -> dict[str, float]
     )
     derivations = DerivationStore.open(f"sqlite+aiosqlite:///{state}/derivations.sqlite3")
     await derivations.prepare()
-    intake = Intake(derivations, cache, objects, STORE)
+    verifiers = VerifierPool(STORE.path, processes) if processes else None
+    intake = Intake(derivations, cache, objects, STORE, verifiers=verifiers)
     farm = Farm()
-    spent: dict[str, float] = {}
-
-    def lap(name: str, began: float) -> float:
-        now = time.monotonic()
-        spent[name] = now - began
-        return now
-
-    at = time.monotonic()
+    if verifiers is not None:
+        # A client takes longer to read than they take to start.
+        verifiers.start()
+        await verifiers.started()
+    laps = Laps()
     store = LocalStore("/nix/store", str(root))
     closure = read_closure(store, [made.drv for made in roots])
-    at = lap("read", at)
+    laps.lap("read")
     names = tuple(base_name_of(drv) for drv in closure.derivations)
     missing = await intake.missing(IntakeQuery(store_dir="/nix/store", derivations=names, sources=()))
-    at = lap("missing", at)
-    stream = list(encode_derivations((name, store.read(f"/nix/store/{name}")) for name in missing.derivations))
-    at = lap("send", at)
+    laps.lap("missing")
+    stream = encode_derivations((name, store.read(f"/nix/store/{name}")) for name in missing.derivations)
     await intake.add_derivations(_pieces(stream))
-    at = lap("verify and store", at)
+    laps.lap("stream")
     request = SubmitRequest(roots=tuple(RootRequest(attr=made.name, drv=made.drv) for made in roots))
     planned = await intake.submit(request)
-    at = lap("plan", at)
+    laps.lap("plan")
     farm.handle(planned.event(SubmissionId("bench")), Instant(1.0))
-    lap("accept", at)
+    laps.lap("accept")
+    if verifiers is not None:
+        await verifiers.close()
     await cache.close()
     await derivations.close()
-    return spent
+    return laps.stages
 
 
-async def _pieces(stream: list[bytes]) -> AsyncIterator[bytes]:
+def bounds(stages: Mapping[str, Stage]) -> dict[int, float]:
+    """Processor time on the longest path with so many cores: only the stream's divides, but for what this process does.
+
+    This is what a quiet machine gives at best, also where it was measured on a busy one.
+    """
+    stream = stages["stream"]
+    rest = sum(stage.own for name, stage in stages.items() if name != "stream")
+    whole = stream.own + stream.children
+    return {cores: round(rest + max(stream.own, whole / cores), 3) for cores in CORES}
+
+
+async def _pieces(stream: Iterable[bytes]) -> AsyncIterator[bytes]:
     for piece in stream:
         for start in range(0, len(piece), 64 * 1024):
             yield piece[start : start + 64 * 1024]
 
 
+def median_stages(runs: list[dict[str, Stage]]) -> dict[str, Stage]:
+    def middle(name: str, part: Callable[[Stage], float]) -> float:
+        return round(statistics.median(part(run[name]) for run in runs), 3)
+
+    return {
+        name: Stage(
+            middle(name, lambda stage: stage.wall),
+            middle(name, lambda stage: stage.own),
+            middle(name, lambda stage: stage.children),
+        )
+        for name in runs[0]
+    }
+
+
+def report(
+    processes: int,
+    ours: list[dict[str, Stage]],
+    peers: Mapping[str, list[tuple[float, float]]],
+    count: int,
+    *,
+    as_json: bool,
+) -> None:
+    """Print what `processes` children gave, beside each peer."""
+    stages = median_stages(ours)
+    rates = [count / sum(stage.wall for stage in run.values()) for run in ours]
+    named = f"ingest, {processes} verifying processes" if processes else "ingest, one process"
+    for (peer, seconds), target in zip(peers.items(), TARGETS, strict=True):
+        publish(
+            f"{named}, beside {peer}",
+            ours=rates,
+            peer=[count / wall for wall, _ in seconds],
+            unit="derivations/s",
+            bigger_is_better=True,
+            target_ratio=target,
+            wall_s={name: stage.wall for name, stage in stages.items()},
+            processor_s={name: [stage.own, stage.children] for name, stage in stages.items()},
+            peer_processor_s=round(statistics.median(processor for _, processor in seconds), 3),
+            processor_s_on_the_path_by_cores=bounds(stages),
+            derivations=count,
+            as_json=as_json,
+            load=round(os.getloadavg()[0], 1),
+        )
+
+
 def main() -> None:
     parser = arguments("derivations per second from .drv files to a schedulable graph", runs=3)
-    parser.add_argument("--count", type=int, default=20_000, help="derivations (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=25_000, help="derivations (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the corpus (default: %(default)s)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+        help="children that verify, each number in turn (default: %(default)s)",
+    )
     options = parser.parse_args()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    ours, peer = [], []
-    stages: dict[str, float] = {}
+    ours: dict[int, list[dict[str, Stage]]] = {processes: [] for processes in options.processes}
+    peers: dict[str, list[tuple[float, float]]] = {REQUISITES: [], SHOW: []}
     with tempfile.TemporaryDirectory(prefix="drover-ingest-") as directory:
         top = Path(directory)
         progress(f"making {options.count} derivations")
@@ -200,25 +319,18 @@ def main() -> None:
         del everything
         gc.collect()
         for run in range(options.runs):
-            state = top / f"state-{run}"
-            (state / "objects").mkdir(parents=True)
-            spent = asyncio.run(ingest(top / "client", state, roots))
-            ours.append(count / sum(spent.values()))
-            peer.append(count / nix_requisites(top / "client", roots, count))
-            stages = {name: round(seconds, 3) for name, seconds in spent.items()}
-            progress(f"run {run + 1}: ours {ours[-1]:,.0f}/s {stages}, nix-store -qR {peer[-1]:,.0f}/s")
-    publish(
-        "ingest",
-        ours=ours,
-        peer=peer,
-        unit="derivations/s",
-        bigger_is_better=True,
-        as_json=options.json,
-        peer_is="nix-store --query --requisites, which neither reads nor verifies the files",
-        target=TARGET,
-        seconds=stages,
-        derivations=count,
-    )
+            for processes, runs in ours.items():
+                state = top / f"state-{run}-{processes}"
+                (state / "objects").mkdir(parents=True)
+                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                    runs.append(runner.run(ingest(top / "client", state, roots, processes)))
+                shown = ", ".join(f"{name} {stage.wall:.2f}" for name, stage in runs[-1].items())
+                progress(f"run {run + 1}, {processes} processes: {shown} s")
+            peers[REQUISITES].append(processor_of(lambda: nix_requisites(top / "client", roots, count)))
+            peers[SHOW].append(processor_of(lambda: nix_show(top / "client", roots)))
+            progress(f"run {run + 1}: {', '.join(f'{name} {seconds[-1][0]:.2f} s' for name, seconds in peers.items())}")
+    for processes, runs in ours.items():
+        report(processes, runs, peers, count, as_json=options.json)
 
 
 if __name__ == "__main__":

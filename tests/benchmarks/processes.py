@@ -27,6 +27,12 @@ def processor_of_all_s(pids: Iterable[int]) -> float:
     return sum(_account(pid, 4) for pid in pids)
 
 
+def children_processor_s(pid: int) -> float:
+    """Return the processor time of the children that a process has, with those that they have waited for."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return processor_of_all_s(int(child) for thread in threads for child in (thread / "children").read_text().split())
+
+
 def _account(pid: int, fields: int) -> float:
     try:
         ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11 : 11 + fields]

@@ -18,6 +18,7 @@ from infra.nix.derivation import DerivationKind
 from infra.nix.path_info import PathInfo
 from infra.nix.store_path import StoreDir
 from infra.nix.verify import VerifiedDerivation, Verifier
+from tests.infra.nix.test_canonical import agree
 from tests.support.sources import hashes_of
 
 FEATURES = "nix-command ca-derivations impure-derivations"
@@ -144,10 +145,13 @@ def test_derivations_of_every_kind_verify_and_render_to_their_bytes(nix: Nix) ->
     assert by_name["structured"].options.required_system_features == ("kvm", "big-parallel")
     assert not by_name["structured"].options.allow_substitutes
     assert by_name["top"].options.required_system_features == ("kvm", "nixos-test")
+    taken: list[bool] = []
     for path in verified:
         data = nix.on_disk(path).read_bytes()
         assert aterm.render(aterm.parse(data)) == data
         assert aterm.scan_canonical(data) == aterm.scan_by_token(data)
+        taken.append(agree(data))
+    assert sum(taken) > len(taken) // 2
     known = {path: m for path, m in verified.items() if all(m.outputs.values())}
     outputs = nix.lines("nix-store", "--query", "--outputs", *known)
     assert sorted(outputs) == sorted(path for m in known.values() for path in m.outputs.values())
