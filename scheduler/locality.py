@@ -74,12 +74,17 @@ class Fetches:
 
 
 def fetches_of(step: Step) -> Fetches | None:
-    """Return what a step's inputs make of a difference between builders; None where they are small, or everywhere."""
+    """Return what a step's inputs make of a difference between builders.
+
+    None where they are small, everywhere, or fetched in `WORTH_S` at the usual rate: no builder is chosen for these.
+    """
+    bytes_ = 0
     for need in step.needs:
-        if need.output_bytes >= LEAST_BYTES:
-            fetches = Fetches([each for each in step.needs if each.output_bytes >= LEAST_BYTES])
-            return fetches if fetches.bytes else None
-    return None
+        bytes_ += need.output_bytes
+    if bytes_ < WORTH_S * USUAL_RATE:
+        return None
+    fetches = Fetches([need for need in step.needs if need.output_bytes >= LEAST_BYTES])
+    return fetches if fetches.bytes else None
 
 
 def first_to_end(durations: Sequence[tuple[float, Builder]]) -> list[Builder]:

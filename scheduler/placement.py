@@ -108,19 +108,16 @@ class Placement:
             if not able:
                 self.holds[step] = self._keep(step, queue)
                 return []
-        speeds, fetches = queue.speeds, fetches_of(step)
+        speeds = queue.speeds
         if not speeds:
-            return nearest(able, fetches)
+            return nearest(able, fetches_of(step))
         best = max([speeds[builder.id] for builder in able])
-        if fetches is None:
-            if self._hold(step, queue, best, step.work_ms / 1000 / best, None):
-                return []
-            return [builder for builder in able if speeds[builder.id] == best]
-        work_s = step.work_ms / 1000
-        durations = [(work_s / speeds[builder.id] + fetches.seconds(builder), builder) for builder in able]
-        if self._hold(step, queue, best, min([seconds for seconds, _ in durations]), fetches):
+        if self._hold(step, queue, best, able):
             return []
-        return first_to_end(durations)
+        fetches = fetches_of(step)
+        if fetches is None:
+            return [builder for builder in able if speeds[builder.id] == best]
+        return first_to_end(_durations(step, queue, able, fetches))
 
     def with_memory(self, step: Step, queue: Queue, able: Sequence[Builder]) -> list[Builder]:
         """Return the builders among `able` that have the memory which the step asks for, and are kept for no other."""
@@ -142,10 +139,10 @@ class Placement:
             self._kept[held.builder] = step
         return held
 
-    def _hold(self, step: Step, queue: Queue, best: float, takes_s: float, fetches: Fetches | None) -> bool:
-        """Let a step wait where a faster builder is expected to end it earlier than those that have room.
+    def _hold(self, step: Step, queue: Queue, best: float, able: Sequence[Builder]) -> bool:
+        """Let a step wait where a faster builder is expected to end it earlier than those that are able.
 
-        The fastest of these has the speed `best`, and the first to end it takes so long.
+        The fastest of these has the speed `best`.
         """
         fastest = queue.speeds[queue.by_speed[0].id] if queue.by_speed else best
         gain_s = step.work_ms / 1000 * (1 / best - 1 / fastest)
@@ -156,7 +153,7 @@ class Placement:
         if now >= ends:
             return False
         if held is None or held.over < best or now >= held.until or not _serves(queue, held.builder):
-            held = self._best_hold(step, queue, best, takes_s, fetches)
+            held = self._best_hold(step, queue, best, able)
         if held is None:
             return False
         self.holds[step] = held
@@ -164,9 +161,11 @@ class Placement:
         self.look_again = Instant(min(self.look_again, max(min(held.until, ends), now + SOONEST_S)))
         return True
 
-    def _best_hold(self, step: Step, queue: Queue, best: float, takes_s: float, fetches: Fetches | None) -> Hold | None:
+    def _best_hold(self, step: Step, queue: Queue, best: float, able: Sequence[Builder]) -> Hold | None:
         now, work_s, asked = self._now, step.work_ms / 1000, asked_of(step, queue)
-        end, found = now + takes_s, None
+        end, found, fetches = now + work_s / best, None, fetches_of(step)
+        if fetches is not None:
+            end = now + min([seconds for seconds, _ in _durations(step, queue, able, fetches)])
         for builder in queue.by_speed[:COMPARED]:
             speed = queue.speeds[builder.id]
             if speed <= best or now + work_s / speed >= end:
@@ -183,6 +182,12 @@ class Placement:
         if found is None:
             return None
         return Hold(found[0], now if step.held is None else step.held.since, Instant(found[1]), best)
+
+
+def _durations(step: Step, queue: Queue, builders: Sequence[Builder], fetches: Fetches) -> list[tuple[float, Builder]]:
+    """Return the seconds that each builder would take for a step from now on, its fetches among them."""
+    work_s, speeds = step.work_ms / 1000, queue.speeds
+    return [(work_s / speeds[builder.id] + fetches.seconds(builder), builder) for builder in builders]
 
 
 def nearest(builders: Sequence[Builder], fetches: Fetches | None) -> list[Builder]:
