@@ -33,6 +33,7 @@ resource "terraform_data" "mac" {
     user     = each.value.user
     host_key = each.value.host_key
     key_file = var.private_key_file
+    within_s = var.connect_within_s
   }
   triggers_replace = [sha256(local.setup[each.key])]
 
@@ -43,7 +44,7 @@ resource "terraform_data" "mac" {
     user        = self.input.user
     host_key    = self.input.host_key
     private_key = self.input.key_file == "" ? null : file(self.input.key_file)
-    timeout     = "5m"
+    timeout     = "${self.input.within_s}s"
   }
   provisioner "remote-exec" {
     inline = ["umask 077 && mkdir -p ${local.folder} && chmod 700 ${local.folder}"]

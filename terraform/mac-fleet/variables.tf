@@ -44,6 +44,16 @@ variable "private_key_file" {
   }
 }
 
+variable "connect_within_s" {
+  description = "Seconds within which ssh reaches each Mac. Terraform tries until then, also with a host key that is another."
+  type        = number
+  default     = 60
+  validation {
+    condition     = var.connect_within_s >= 1 && var.connect_within_s <= 600
+    error_message = "Macs may take 1 to 600 seconds to answer."
+  }
+}
+
 variable "grace_s" {
   description = "Seconds in which running builds may end before a worker stops."
   type        = number
@@ -75,7 +85,7 @@ variable "macs" {
   }
   validation {
     condition     = alltrue([for mac in var.macs : can(regex("^(ssh-ed25519|ecdsa-sha2-nistp[0-9]+|ssh-rsa) [A-Za-z0-9+/=]+", mac.host_key))])
-    error_message = "A Mac wants its host key, because it gets the Ray token over ssh: ssh-keyscan -t ed25519 HOST prints it; compare it with /etc/ssh/ssh_host_ed25519_key.pub there."
+    error_message = "A Mac wants its host key, because it gets the Ray token over ssh: ssh-keyscan -t ecdsa HOST prints the one that Terraform asks for; compare it with /etc/ssh/ssh_host_ecdsa_key.pub there."
   }
   validation {
     condition     = length(distinct([for mac in var.macs : "${mac.ssh_host}:${mac.port}"])) == length(var.macs)

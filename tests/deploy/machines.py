@@ -26,6 +26,8 @@ from typing import Final, TypeVar
 T = TypeVar("T")
 #: What stands in every unit, and in a login of root.
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#: Where the tests are killed, so is what they have started.
+WITH_US: Final = ("setpriv", "--pdeathsig", "KILL", "--")
 #: Only ends a test that hangs.
 WITHIN_S: Final = 120.0
 _CLONE_NEWNET: Final = 0x40000000
@@ -142,7 +144,7 @@ class Network:
 
     def __init__(self, *addresses: str) -> None:
         """`addresses` are those of the test itself, with the lengths of their prefixes."""
-        self._holder = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
+        self._holder = subprocess.Popen([*WITH_US, "unshare", "--net", "sleep", "infinity"])
         self.pid = self._holder.pid
         self._count = 0
         own = Path("/proc/self/ns/net").readlink()
@@ -196,7 +198,7 @@ class Machine:
         join = 'echo 0 > "$1/cgroup.procs"; shift; exec "$@"'
         log = (self._place / "boot.log").open("wb")
         self._process = subprocess.Popen(
-            ["sh", "-c", join, "sh", self._groups, "unshare", *kinds,
+            ["sh", "-c", join, "sh", self._groups, *WITH_US, "unshare", *kinds,
              "sh", boot, self._place, image, " ".join(devices)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env={"PATH": PATH},
         )  # fmt: skip

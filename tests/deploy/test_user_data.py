@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
@@ -295,3 +296,78 @@ def test_a_coordinator_and_a_worker_of_hetzner_make_a_farm_that_builds(site: Sit
     finished(start(worker, user_data))
     assert worker.run("systemctl", "show", "-P", "MainPID", "drover-worker").stdout == main
     site.switch_off(coordinator, worker)
+
+
+#: Commands of macOS on a machine that is none.
+MAC: Final = {
+    "uname": "echo Darwin",
+    "sudo": 'shift; exec "$@"',
+    "launchctl": 'case "$1" in\nprint) exec test -e /run/joined ;;\nbootstrap) touch /run/joined ;;\n'
+    'bootout) rm /run/joined ;;\nesac\necho "$*" >> /run/launchd',
+}
+
+
+def mac(site: Site, address: str) -> tuple[Machine, str, Path]:
+    """Boot what looks like a Mac with ssh; return it, its host key and the private key that opens it."""
+    machine = site.boot("mini1", f"{address}/16")
+    for name, script in MAC.items():
+        put = f"cat > /usr/local/bin/{name} && chmod 755 /usr/local/bin/{name}"
+        machine.run("sh", "-c", put, given=f"#!/bin/sh\n{script}\n")
+    key = site.root / "key"
+    quietly("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
+    machine.run("sh", "-c", "umask 077; mkdir -p /root/.ssh /Library/LaunchDaemons; cat > /root/.ssh/authorized_keys",
+                given=key.with_suffix(".pub").read_text())  # fmt: skip
+    # As a Mac has them; Terraform asks for the first kind.
+    keys = {
+        kind: machine.run("dropbearkey", "-t", kind, "-f", f"/etc/{kind}").stdout
+        for kind in ("ecdsa", "rsa", "ed25519")
+    }
+    host_key = " ".join(next(one for one in keys["ecdsa"].splitlines() if one.startswith("ecdsa-")).split()[:2])
+    machine.run("dropbear", "-s", *(word for kind in keys for word in ("-r", f"/etc/{kind}")))
+    return machine, host_key, key
+
+
+def test_a_mac_joins_over_ssh_and_leaves_again(site: Site) -> None:
+    address = "10.77.0.31"
+    machine, host_key, key = mac(site, address)
+    (site.root / "given-token").write_text(TOKEN)
+    folder = site.root / "terraform" / "mac-fleet"
+    text = site.user_data("aws", "whole", 'aws_instance.coordinator["a"]')
+    known = dict(re.findall(r"^export (SOURCE_\w+)='(.*)'$", text, re.MULTILINE))
+    variables = {
+        "head": "10.77.0.10:6379", "source_url": known["SOURCE_URL"], "source_sha256": known["SOURCE_SHA256"],
+        "ray_token_file": str(site.root / "given-token"), "private_key_file": str(key), "connect_within_s": 3,
+        "macs": {"mini1": {"ssh_host": address, "host_key": host_key, "user": "root", "features": ["big-parallel"]}},
+    }  # fmt: skip
+
+    def run(verb: str, **changed: str) -> subprocess.CompletedProcess[str]:
+        given = {**variables, "macs": {"mini1": {**variables["macs"]["mini1"], **changed}}}
+        (folder / "terraform.tfvars.json").write_text(json.dumps(given))
+        return subprocess.run(
+            [*site.network.prefix, "terraform", f"-chdir={folder}", verb, "-no-color", "-auto-approve"],
+            env={**os.environ, "TF_CLI_CONFIG_FILE": os.devnull, "CHECKPOINT_DISABLE": "1"},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    assert terraform({**os.environ, "TF_CLI_CONFIG_FILE": os.devnull}, folder, "init").returncode == 0
+    # Another machine at its address gets nothing.
+    ran = run("apply", host_key=" ".join(key.with_suffix(".pub").read_text().split()[:2]))
+    assert "SSH authentication failed" in ran.stderr
+    assert machine.run("test", "-e", "/root/.drover-setup").returncode
+    ran = run("apply")
+    assert ran.returncode == 0, ran.stderr + machine.run("journalctl", "--no-pager", "-t", "dropbear").stdout
+    assert machine.read("/run/launchd") == "bootstrap system /Library/LaunchDaemons/org.drover.worker.plist\n"
+    assert machine.read("/etc/drover/ray-token") == TOKEN
+    assert machine.run("stat", "-c", "%a", "/etc/drover/ray-token").stdout == "400\n"
+    assert machine.run("test", "-e", "/root/.drover-setup/ray-token").returncode
+    assert "ADDRESS=10.77.0.31\nNAME=mini1\n" in machine.read("/etc/drover/worker.env")
+    assert TOKEN not in (folder / "terraform.tfstate").read_text()
+    # The script of the plist, with these files, starts the worker that they name.
+    shown = machine.run("env", "DROVER=/bin/echo", "/opt/drover/infra/deploy/launchd/worker.sh").stdout
+    assert shown.startswith("worker --head 10.77.0.10:6379 --host 10.77.0.31 --name mini1")
+    assert "--feature big-parallel" in shown
+    ran = run("destroy")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert machine.read("/run/launchd").splitlines()[-1] == "bootout system/org.drover.worker"
+    assert machine.run("test", "-e", "/etc/drover/ray-token").returncode
+    site.switch_off(machine)

@@ -36,10 +36,11 @@ run "wrong" {
     ray_token_file   = "tests/files/nothing"
     private_key_file = "tests/files/nothing"
     grace_s          = 7200
+    connect_within_s = 0
     macs             = { mini1 = { ssh_host = "10.0.0.21", host_key = "" } }
   }
   expect_failures = [
-    var.head, var.source_url, var.source_sha256, var.ray_token_file, var.private_key_file, var.grace_s, var.macs,
+    var.head, var.source_url, var.source_sha256, var.ray_token_file, var.private_key_file, var.grace_s, var.connect_within_s, var.macs,
   ]
 }
 
