@@ -28,6 +28,7 @@ LONGEST_FIRST = (
         "tests/deploy/test_user_data",
         "tests/e2e",
         "tests/fleet/",
+        "tests/deploy/test_images",
         "tests/workers/",
         "tests/coordinator/",
         "tests/infra/",

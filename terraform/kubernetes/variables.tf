@@ -22,10 +22,11 @@ variable "namespace" {
 }
 
 variable "image" {
-  description = "An image with drover and Nix (infra/deploy/kubernetes/README.md says what it holds)."
+  description = "Where the images coordinator and worker lie (infra/deploy/images/README.md says how they are built), and by which digests to take them."
   type = object({
     repository = string
     tag        = string
+    digests    = optional(object({ coordinator = optional(string, ""), worker = optional(string, "") }), {})
   })
   validation {
     condition     = var.image.repository != "" && var.image.tag != "" && var.image.tag != "latest"

@@ -12,6 +12,7 @@ _TEXT: Final = {"type": "string"}
 _NAME: Final = {"type": "string", "pattern": "^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)?$"}
 _SIZE: Final = {"type": "string", "pattern": "^[1-9][0-9]*(Mi|Gi|Ti)$"}
 _COUNT: Final = {"type": "integer", "minimum": 0}
+_DIGEST: Final = {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"}
 _ANY: Final = {"type": "object"}
 
 
@@ -41,7 +42,12 @@ def text() -> str:
         resources=_ANY,
     )
     values = _table(
-        image=_table(repository=_TEXT, tag=_TEXT, pullPolicy={"enum": ["Always", "IfNotPresent", "Never"]}),
+        image=_table(
+            repository=_TEXT,
+            tag=_TEXT,
+            digests=_table(coordinator=_DIGEST, worker=_DIGEST),
+            pullPolicy={"enum": ["Always", "IfNotPresent", "Never"]},
+        ),
         secretName=_NAME,
         publicUrl={"type": "string", "pattern": "^(https?://.+)?$"},
         settings=settings,

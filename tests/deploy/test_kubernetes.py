@@ -292,6 +292,7 @@ def test_a_standby_keeps_nothing_of_its_own_and_clients_reach_only_the_http_side
         (["secretName="], "make a Secret with api-token, upload-secret, cache-key and ray-token"),
         (["image.repository="], "image.repository is empty"),
         (["image.tag=latest"], "name one version"),
+        (["image.digests.worker=sha256:abc"], "'sha256:abc' does not match pattern"),
         (["coordinator.replicas=2"], "stands by on a shared PostgreSQL only"),
         (["coordinator.replicas=2", "database.secretName=db"], "both coordinators must see the same objects"),
         (["workers.Small.replicas=1"], "workers.Small is no name of a group"),

@@ -10,13 +10,15 @@ app.kubernetes.io/name: drover
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
+{{- /* `part` is coordinator or worker. A digest names one content for good, also where a tag is moved. */ -}}
 {{- define "drover.image" -}}
-{{ .Values.image.repository }}:{{ .Values.image.tag }}
+{{- $digest := get .root.Values.image.digests .part -}}
+{{ .root.Values.image.repository }}/{{ .part }}:{{ .root.Values.image.tag }}{{ if $digest }}@{{ $digest }}{{ end }}
 {{- end -}}
 
 {{- /* What contradicts itself is said before anything is applied. */ -}}
 {{- define "drover.check" -}}
-{{- if not .Values.image.repository }}{{ fail "image.repository is empty: name an image with drover and Nix" }}{{ end -}}
+{{- if not .Values.image.repository }}{{ fail "image.repository is empty: name where the images coordinator and worker lie" }}{{ end -}}
 {{- if not .Values.image.tag }}{{ fail "image.tag is empty: name one version, which all pods of a farm share" }}{{ end -}}
 {{- if eq (toString .Values.image.tag) "latest" }}{{ fail "image.tag is latest: name one version, because Ray wants the same everywhere" }}{{ end -}}
 {{- if not .Values.secretName }}{{ fail "secretName is empty: make a Secret with api-token, upload-secret, cache-key and ray-token, and name it" }}{{ end -}}
@@ -47,7 +49,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- /* Files of a Secret are links that others of the group may read; drover wants plain files of its own. */ -}}
 {{- define "drover.secretsInit" -}}
 - name: secrets
-  image: {{ include "drover.image" .root }}
+  image: {{ include "drover.image" . }}
   imagePullPolicy: {{ .root.Values.image.pullPolicy }}
   command: ["sh", "-c", "umask 077 && cp -L /run/given/* /run/drover/"]
   securityContext:
