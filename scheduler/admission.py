@@ -10,7 +10,7 @@ from itertools import chain
 
 from scheduler import events as e
 from scheduler.model import StepKey, SubmissionRefusedError
-from scheduler.pauses import PAUSE, PIECE, Pause
+from scheduler.pauses import PAUSE, PIECE, Pause, emptied
 from scheduler.state import FarmState
 
 
@@ -34,6 +34,7 @@ def _check_closed(state: FarmState, event: e.SubmissionReceived | e.SubmissionGr
             raise SubmissionRefusedError(f"{key} is needed and neither known, given nor held")
         if not count % PIECE:
             yield PAUSE
+    yield from emptied(given)
 
 
 def _check_acyclic(state: FarmState, event: e.SubmissionReceived | e.SubmissionGrown) -> Generator[Pause, None, None]:

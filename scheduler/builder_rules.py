@@ -147,11 +147,11 @@ class BuilderRules:
         """
         if builder is None or not builder.leases:
             return ()
-        names = frozenset(listed)
+        names = {(lease.step, lease.attempt) for lease in listed}
         missing: list[LeaseId] = []
         for step in tuple(builder.leases.values()):
             overdue = self._is_overdue(builder, step, now)
-            if step.lease in names or not overdue or step.key not in builder.leases:
+            if (step.key, step.attempt) in names or not overdue or step.key not in builder.leases:
                 continue
             if step.resends >= self._limits.start_resends:
                 message = f"{builder.id} was told {step.resends + 1} times to start and does not hold the lease"
@@ -172,6 +172,8 @@ class BuilderRules:
 
     def _remove(self, builder: Builder, reason: str, now: Instant, *, silent: bool) -> Iterator[f.FactOrPause]:
         failure = Failure(FailureKind.WORKER_LOST, reason)
-        while builder.leases:
-            yield from self._step_rules.retry(next(iter(builder.leases.values())), failure, now)
+        # All at once: to find the first of a dictionary whose front is gone costs as much as that front.
+        for step in tuple(builder.leases.values()):
+            if step.key in builder.leases:
+                yield from self._step_rules.retry(step, failure, now)
         yield f.BuilderRemoved(builder.id, reason, now, silent)

@@ -10,7 +10,7 @@ passing of time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import assert_never
 
@@ -21,7 +21,7 @@ from scheduler.builder_rules import BuilderRules
 from scheduler.forsaken import Forsaken
 from scheduler.grants import Grants
 from scheduler.model import FAR_OFF, NO_INSTANT, Instant, StepKey, StepState, SubmissionClosedError, SubmissionId
-from scheduler.pauses import PAUSE, PIECE, Pause
+from scheduler.pauses import PAUSE, PIECE, Pause, picked
 from scheduler.policy import Limits, Policy
 from scheduler.records import Step
 from scheduler.state import FarmState, is_lapsed
@@ -168,7 +168,7 @@ class Decider:
             event = self._with_known_roots(event)
         renewed = yield from self._take_steps(event)
         yield from self._hold(event.held, min(now, event.asked_at), now, dict(event.held_bytes))
-        roots = [state.steps[key] for key in event.roots]
+        roots = yield from picked(event.roots, lambda piece: [state.steps[key] for key in piece])
         known_failures = _KnownFailures(self._limits, event.retry_failed, event.retry, renewed, now)
         yield from self._lose(event, roots, known_failures)
         if event.replanned:
@@ -180,12 +180,9 @@ class Decider:
             yield from self._step_rules.revive(roots, restart=True, stands=known_failures)
             yield from self._end_waits(event)
         members = yield from state.descending(roots)
-        keys = tuple([step.key for step in members])
-        yield PAUSE
-        held = tuple([step.key for step in members if step.state is _DONE])
-        yield PAUSE
-        joined = tuple([step.key for step in members if step.engaged])
-        yield PAUSE
+        keys = yield from picked(members, _keys)
+        held = yield from picked(members, _done_keys)
+        joined = yield from picked(members, _engaged_keys)
         kind = f.SubmissionRetried if event.again or event.replanned else f.SubmissionAccepted
         terms = self._terms_of(event, now)
         fact = kind(
@@ -205,26 +202,28 @@ class Decider:
         if opened is None:
             self._refuse_closed(event)
             return
-        wanted = tuple([key for key in dict.fromkeys(event.roots) if key not in opened.roots])
+        seen = set(opened.roots)
+        wanted = yield from picked(event.roots, lambda piece: _unseen(piece, seen))
         if not wanted:
             return
         yield from check_graph(state, event)
         renewed = yield from self._take_steps(event)
         yield from self._hold(event.held, min(now, event.asked_at), now, dict(event.held_bytes))
-        roots = [state.steps[key] for key in wanted]
+        roots = yield from picked(wanted, lambda piece: [state.steps[key] for key in piece])
         known_failures = _KnownFailures(self._limits, event.retry_failed, (), renewed, now, members=opened.members)
         yield from self._lose(event, roots, known_failures)
         yield from self._step_rules.revive(roots, restart=True, stands=known_failures)
         yield from self._end_waits(event)
         order = yield from state.descending(roots, known=opened.members)
-        new = [step for step in order if step.key not in opened.members]
-        before = {step.key for step in order if step.key in opened.members and step.state in UNFINISHED}
-        members = tuple([step.key for step in order if step.key not in opened.members or step.key in before])
-        yield PAUSE
-        held = tuple([step.key for step in new if step.state is _DONE])
-        joined = tuple([step.key for step in new if step.engaged])
-        yield PAUSE
-        again = tuple([key for key in members if key in before])
+        had = opened.members
+        stands = yield from picked(
+            order, lambda piece: [step for step in piece if step.key not in had or step.state in UNFINISHED]
+        )
+        new = yield from picked(stands, lambda piece: [step for step in piece if step.key not in had])
+        members = yield from picked(stands, _keys)
+        held = yield from picked(new, _done_keys)
+        joined = yield from picked(new, _engaged_keys)
+        again = yield from picked(members, lambda piece: [key for key in piece if key in had])
         yield f.SubmissionGrew(event.submission, now, wanted, members, held, joined, again, event.limits)
         yield from self._doom_by(known_failures, now)
 
@@ -242,7 +241,7 @@ class Decider:
         limits = {**self._state.limits.get(event.submission, {}), **dict(event.limits)}
         return replace(event, roots=tuple(dict.fromkeys((*known, *event.roots))), limits=tuple(limits.items()))
 
-    def _lose(self, event: e.Wished, roots: list[Step], known_failures: _KnownFailures) -> Iterator[f.FactOrPause]:
+    def _lose(self, event: e.Wished, roots: Sequence[Step], known_failures: _KnownFailures) -> Iterator[f.FactOrPause]:
         """Let what the cache has lost be made again, but for what is known to fail below it or below `roots`."""
         state = self._state
         lost = yield from self._lost_steps(event)
@@ -378,21 +377,42 @@ class Decider:
 
     def _estimated(self, event: e.WorksEstimated) -> Iterator[f.FactOrPause]:
         """Take in what is news of steps that are not finished."""
-        news: list[tuple[StepKey, int]] = []
+        news: dict[StepKey, int] = {}
         for count, (key, work_ms) in enumerate(event.works, 1):
             step = self._state.steps.get(key)
             if step is not None and step.state in UNFINISHED and work_ms > 0 and step.work_ms != work_ms:
-                news.append((key, work_ms))
+                news[key] = work_ms
             if not count % PIECE:
                 yield PAUSE
         if news:
-            yield f.WorksRevised(tuple(dict(news).items()))
+            keys = tuple(news)
+            works = yield from picked(keys, lambda piece: [(key, news[key]) for key in piece])
+            yield f.WorksRevised(works)
 
     def _retry_asked(self, key: StepKey) -> Iterator[f.FactOrPause]:
         """Forget a failure that no submission waits for: the next one that wants the step builds it."""
         step = self._state.steps.get(key)
         if step is not None and step.state is StepState.FAILED:
             yield (yield from self._step_rules.revived(step, restart=True))
+
+
+def _keys(steps: Sequence[Step]) -> list[StepKey]:
+    return [step.key for step in steps]
+
+
+def _done_keys(steps: Sequence[Step]) -> list[StepKey]:
+    return [step.key for step in steps if step.state is _DONE]
+
+
+def _engaged_keys(steps: Sequence[Step]) -> list[StepKey]:
+    return [step.key for step in steps if step.engaged]
+
+
+def _unseen(keys: Sequence[StepKey], seen: set[StepKey]) -> list[StepKey]:
+    """Return the keys that were not seen before, each once, and note that they were."""
+    new = [key for key in dict.fromkeys(keys) if key not in seen]
+    seen.update(new)
+    return new
 
 
 class _KnownFailures:

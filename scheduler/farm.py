@@ -49,6 +49,8 @@ class Farm:
         self.state = FarmState(policy.rank, policy.weight)
         self._queue_positions = QueuePositions(self.state)
         self._opening = Opening(self.state)
+        #: Queues are being swept, in pieces.
+        self._sweeps = False
         self._decider = Decider(self.state, self._limits, policy, self._opening.around)
 
     def handle(self, event: Event, now: Instant) -> tuple[list[Fact], list[Effect]]:
@@ -79,6 +81,10 @@ class Farm:
         yield from self._take(decider.decide(events, now), now, facts, effects)
         if grant:
             yield from self._take(decider.due(now), now, facts, effects)
+            if self.state.ready.crowded:
+                self._sweeps = True
+                yield from self.state.ready.sweeping()
+                self._sweeps = False
             yield from self._take(decider.grants.grant(now), now, facts, effects)
         # Those that were computed at a pause are of a state that is gone.
         self._queue_positions.forget()
@@ -87,7 +93,7 @@ class Farm:
     @property
     def lets_pass(self) -> bool:
         """True if what `may_pass` may be taken in with `passing`, between two calls or at this pause of one."""
-        return self._opening.lets_pass
+        return self._opening.lets_pass and not self._sweeps
 
     def may_pass(self, events: Sequence[Event], now: Instant) -> bool:
         """Return whether events tell the ends of builds and that builders are there, and nothing that has failed."""
@@ -118,7 +124,7 @@ class Farm:
         self, decided: Iterable[FactOrPause], now: Instant, facts: list[Fact], effects: list[Effect]
     ) -> Generator[Pause, None, None]:
         state = self.state
-        turned, joined = state.turned, state.joined
+        turned, joined, discarded = state.turned, state.joined, state.ready.discarded
         apply, reaction_to = state.apply, REACTIONS.get
         until_pause = FACTS_PIECE
         for fact in decided:
@@ -138,6 +144,8 @@ class Farm:
             reaction = reaction_to(type(fact))
             if reaction is not None:
                 effects.extend(reaction(state, fact))
+            if discarded:
+                state.ready.shed()
             until_pause -= 1
             if not until_pause or state.edges_changed >= PIECE:
                 until_pause, state.edges_changed = FACTS_PIECE, 0

@@ -13,14 +13,15 @@ only when the shortest limit of the farm is over for it, and again where a submi
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from heapq import heapify, heappop, heappush
+from itertools import chain
 from math import inf
 from typing import assert_never
 
 from scheduler import facts as f
 from scheduler.model import NO_INSTANT, Failure, FailureKind, Instant, SubmissionId
-from scheduler.pauses import PAUSE, PIECE, Pause
+from scheduler.pauses import PAUSE, PIECE, Pause, emptied
 from scheduler.policy import Limits
 from scheduler.reasons import (
     NoBuilderJoined,
@@ -30,7 +31,7 @@ from scheduler.reasons import (
     Unserved,
     unserved,
 )
-from scheduler.records import Step
+from scheduler.records import Queue, Step
 from scheduler.state import FarmState
 from scheduler.step_rules import StepRules
 
@@ -73,7 +74,7 @@ class Forsaken:
 
     def due(self, now: Instant) -> Iterator[f.FactOrPause]:
         """Give up the steps whose time is over; start the time of those that have come to wait."""
-        if not (self._waiting or self._heap or self._state.ready.forsaken):
+        if not (self._waiting or self._heap or self._state.ready.forsaken or self._state.ready.deserted):
             return
         yield from self._take_note(now)
         if self._should_look_again() and now >= self._looked_at + LOOK_AGAIN_S:
@@ -97,7 +98,7 @@ class Forsaken:
 
     def deadline(self) -> Iterator[Instant]:
         """Yield the instant at which `due` may next yield a fact: at once where it has not seen all that wait."""
-        if self._state.ready.forsaken and self._shortest() < inf:
+        if (self._state.ready.forsaken or self._state.ready.deserted) and self._shortest() < inf:
             yield NO_INSTANT
         if self._heap:
             yield Instant(self._heap[0][0])
@@ -112,15 +113,16 @@ class Forsaken:
         return Instant(until) if until < inf else None
 
     def _take_note(self, now: Instant) -> Generator[Pause, None, None]:
-        forsaken = self._state.ready.forsaken
-        if not forsaken:
+        forsaken, deserted = self._state.ready.forsaken, self._state.ready.deserted
+        if not (forsaken or deserted):
             return
         shortest = self._shortest()
-        for count, step in enumerate(forsaken, 1):
+        for count, step in enumerate(chain(forsaken, _standing(deserted)), 1):
             self._look_at(step, now, now + shortest)
             if not count % PIECE:
                 yield PAUSE
-        forsaken.clear()
+        yield from emptied(forsaken)
+        deserted.clear()
         if len(self._waiting) + len(self._heap) > self._sweep_at:
             yield from self._sweep()
 
@@ -247,6 +249,14 @@ def describe_unserved(reason: Unserved) -> str:
 def _comparable(limit_s: float) -> float:
     """Return a limit as a number of seconds that can be compared: 0 means for ever."""
     return limit_s or inf
+
+
+def _standing(queues: Iterable[Queue]) -> Iterator[Step]:
+    """Yield the steps of those queues that still have no builder; one may come more than once."""
+    for queue in queues:
+        if not queue.builders:
+            for lane in tuple(queue.lanes.values()):
+                yield from (step for _, _, step in lane.heap if step.queue is queue)
 
 
 def _waits(step: Step) -> bool:

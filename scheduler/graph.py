@@ -10,10 +10,10 @@ Written by `FarmState.evolve` alone. Nothing here recurses.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 
 from scheduler.model import BuilderId, ImpossibleError, LeaseId, StepKey, StepState, SubmissionId
-from scheduler.pauses import PAUSE, PIECE, Pause, whole
+from scheduler.pauses import PAUSE, PIECE, Pause, emptied, whole
 from scheduler.ready import ReadyIndex
 from scheduler.records import Builder, Step
 from scheduler.shares import Shares
@@ -108,6 +108,7 @@ class StepGraph:
                     closed[step] = True
                     order.append(step)
                     looked_at += 1
+        yield from emptied(closed)
         order.reverse()
         return order
 
@@ -165,10 +166,16 @@ class StepGraph:
 
         By depth, which is less for a dependent than for its needs: so each step is looked at once.
         """
-        open_ = [(step.depth, step.sequence, step) for step in changed]
-        heapify(open_)
-        seen = {step for _, _, step in open_}
+        open_: list[tuple[int, int, Step]] = []
+        seen: dict[Step, None] = {}
         looked_at = 0
+        for step in changed:
+            heappush(open_, (step.depth, step.sequence, step))
+            seen[step] = None
+            looked_at += 1
+            if looked_at >= PIECE:
+                looked_at = 0
+                yield PAUSE
         while open_:
             _, _, step = heappop(open_)
             tail_ms = step.work_ms + max([above.tail_ms for above in step.dependents], default=0)
@@ -180,11 +187,12 @@ class StepGraph:
                 looked_at += len(step.needs)
                 for need in step.needs:
                     if need not in seen:
-                        seen.add(need)
+                        seen[need] = None
                         heappush(open_, (need.depth, need.sequence, need))
             if looked_at >= PIECE:
                 looked_at = 0
                 yield PAUSE
+        yield from emptied(seen)
 
     def _own(self, step: Step, stakes: tuple[int, ...], merged: Merged) -> None:
         """Count that more submissions want a step; `merged` keeps equal tuples one, as most of a graph's are."""

@@ -8,10 +8,11 @@ the pauses of one call the state may be read, with the call's work half done, bu
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable, MutableMapping, Sequence
 from enum import Enum
 from typing import Final, Literal, TypeVar
 
+_S = TypeVar("_S")
 _T = TypeVar("_T")
 
 
@@ -38,3 +39,30 @@ def whole(work: Generator[object, None, _T]) -> _T:
         except StopIteration as end:
             result: _T = end.value
             return result
+
+
+def picked(items: Sequence[_S], pick: Callable[[Sequence[_S]], Iterable[_T]]) -> Generator[Pause, None, tuple[_T, ...]]:
+    """Return what `pick` gives of all pieces of `items`, with a pause after each."""
+    found: list[_T] = []
+    for start in range(0, len(items), PIECE):
+        found += pick(items[start : start + PIECE])
+        yield PAUSE
+    return tuple(found)
+
+
+def unique(items: Iterable[_S]) -> Generator[Pause, None, dict[_S, None]]:
+    """Return the items in order, each once."""
+    seen: dict[_S, None] = {}
+    for count, item in enumerate(items, 1):
+        seen[item] = None
+        if not count % PIECE:
+            yield PAUSE
+    return seen
+
+
+def emptied(large: MutableMapping[_S, _T]) -> Generator[Pause, None, None]:
+    """Empty a mapping that nothing needs any more: to let go of a large one in one go takes milliseconds too."""
+    while large:
+        for _ in range(min(PIECE, len(large))):
+            large.popitem()
+        yield PAUSE

@@ -17,19 +17,19 @@ change, so that the top of each is always live and readers only look. Written by
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from heapq import heapify, heappop, heappush
-from math import isqrt
+from collections.abc import Callable, Generator
+from heapq import heappop, heappush
 from typing import Final
 
 from scheduler.model import BuilderId, Instant, Requirements, StepState
+from scheduler.pauses import PAUSE, PIECE, Pause
 from scheduler.records import NO_BUILDER, Builder, Lane, OwnerLanes, Queue, Step
 from scheduler.shares import Shares
 
 #: Grants of the farm that one more of priority is worth. More than there are stakes, so that a lane that was just
 #: served stands before all of a lower priority that have not waited for long.
 AGE_TURNS: Final = 512
-#: Stale entries below the top of a lane that are never worth dropping.
+#: Steps that leave a lane from below its top before what they left there is dropped.
 FEW_STALE: Final = 32
 #: What a grant adds to the tag of an owner of weight 1.
 STRIDE: Final = 1 << 40
@@ -38,7 +38,20 @@ STRIDE: Final = 1 << 40
 class ReadyIndex:
     """Queues and back-offs over the builders of a state. `rank` is called whenever a step is put in a queue."""
 
-    __slots__ = ("_builders", "_homes", "_rank", "_shares", "_turn", "_weigh", "delayed", "forsaken", "queues")
+    __slots__ = (
+        "_builders",
+        "_homes",
+        "_rank",
+        "_shares",
+        "_turn",
+        "_weigh",
+        "crowded",
+        "delayed",
+        "deserted",
+        "discarded",
+        "forsaken",
+        "queues",
+    )
 
     def __init__(
         self,
@@ -60,6 +73,12 @@ class ReadyIndex:
         self.delayed: list[tuple[Instant, int, Step]] = []
         #: Steps that have come to stand where no builder can take them (taken by `scheduler.forsaken`).
         self.forsaken: dict[Step, None] = {}
+        #: Queues that have lost their last builder: all that stands there is forsaken (taken likewise).
+        self.deserted: dict[Queue, None] = {}
+        #: Lanes more than half of which may be stale, with their queues (taken by `sweeping`).
+        self.crowded: dict[Lane, Queue] = {}
+        #: What closed and swept lanes have left; `shed` frees it piece by piece.
+        self.discarded: list[list[tuple[int, int, Step]]] = []
 
     @property
     def turn(self) -> int:
@@ -116,10 +135,7 @@ class ReadyIndex:
             if top[2] is step and top is not entry:
                 _prune(queue, stake, lane)
             elif moves:
-                # Most often many steps move at one time: dropping what they left costs no more than that.
-                lane.stale += 1
-                if lane.stale * 2 > len(lane.heap):
-                    _drop_stale(queue, lane)
+                self._weigh_lane(queue, lane)
 
     def _open_lane(self, queue: Queue, stake: int) -> Lane | None:
         """Return a new lane; None for what an ended submission has left on a step."""
@@ -152,7 +168,10 @@ class ReadyIndex:
             if lane.heap[0][2] is step:
                 _prune(queue, stake, lane)
             else:
-                _leave_stale(queue, lane)
+                lane.stale += 1
+                if lane.stale > FEW_STALE:
+                    _skim(queue, lane)
+                    self._weigh_lane(queue, lane)
 
     def taken(self, step: Step, builder: Builder | None) -> None:
         """A builder takes a step: it leaves its queue, and its owners come last in all that the builder can take.
@@ -186,8 +205,40 @@ class ReadyIndex:
     def close_lanes(self, stake: int) -> None:
         """A submission waits for nothing any more: what others want too stands in their lanes."""
         for queue in self.queues.values():
-            if stake in queue.lanes:
+            lane = queue.lanes.get(stake)
+            if lane is not None:
                 queue.close(stake)
+                if len(lane.heap) > PIECE:
+                    self.discarded.append(lane.heap)
+
+    def _weigh_lane(self, queue: Queue, lane: Lane) -> None:
+        if len(lane.heap) > 2 * queue.standing + 2 * FEW_STALE:
+            self.crowded[lane] = queue
+
+    def sweeping(self) -> Generator[Pause, None, None]:
+        """Drop what is stale from lanes of which it is more than half; nothing else may change them meanwhile.
+
+        That costs no more than what has come since the last time.
+        """
+        while self.crowded:
+            lane, queue = self.crowded.popitem()
+            if not any(lane is each for each in queue.lanes.values()):
+                continue
+            fresh: list[tuple[int, int, Step]] = []
+            for count, entry in enumerate(lane.heap, 1):
+                if entry[2].queue is queue and entry[2].rank == -entry[0]:
+                    heappush(fresh, entry)
+                if not count % PIECE:
+                    yield PAUSE
+            self.discarded.append(lane.heap)
+            lane.heap, lane.stale = fresh, 0
+
+    def shed(self) -> None:
+        """Free a piece of what closed lanes have left: all of a large one in one go takes milliseconds."""
+        last = self.discarded[-1]
+        del last[-PIECE:]
+        if not last:
+            self.discarded.pop()
 
     def reprioritise(self, stake: int) -> None:
         """The priority of a stake has changed: its lanes count as having waited longer, or less long."""
@@ -221,8 +272,7 @@ class ReadyIndex:
             had_builders = bool(queue.builders)
             self._match(queue)
             if had_builders and not queue.builders:
-                for lane in queue.lanes.values():
-                    self.forsaken.update((step, None) for _, _, step in lane.heap if step.queue is queue)
+                self.deserted[queue] = None
 
     def _queue_of(self, step: Step) -> Queue:
         requirements = step.recipe.requirements
@@ -281,20 +331,16 @@ def _charge(queue: Queue, step: Step, tags: dict[str, int], turn: int) -> None:
             lane.due = turn - lane.ahead
 
 
-def _leave_stale(queue: Queue, lane: Lane) -> None:
-    """Count a step that left from below the top, and drop all such once they are more than the root of the lane.
+def _skim(queue: Queue, lane: Lane) -> None:
+    """Drop what steps have left near the top of a lane, where others than the first go before those that wait.
 
-    Where builders differ in speed, steps at the top wait and others go before them: who reads the lane in order passes
-    what these left. So that costs the root of what stands there, and dropping it no more for each.
+    Who reads the lane in order would pass it each time. What lies deeper costs nothing but memory (`sweeping`).
     """
-    lane.stale += 1
-    if lane.stale > max(FEW_STALE, isqrt(len(lane.heap))):
-        _drop_stale(queue, lane)
-
-
-def _drop_stale(queue: Queue, lane: Lane) -> None:
-    lane.heap = [entry for entry in lane.heap if entry[2].queue is queue and entry[2].rank == -entry[0]]
-    heapify(lane.heap)
+    heap = lane.heap
+    first = [heappop(heap) for _ in range(min(len(heap), lane.stale + FEW_STALE))]
+    for entry in first:
+        if entry[2].queue is queue and entry[2].rank == -entry[0]:
+            heappush(heap, entry)
     lane.stale = 0
 
 

@@ -258,7 +258,7 @@ class Lane:
         self.ahead = ahead
         #: (-rank, sequence, step), the first always live; stale ones below are dropped when they come up, or are many.
         self.heap: list[tuple[int, int, Step]] = []
-        #: How many were left below the first since they were last dropped.
+        #: How many steps have left it from below the first since what such leave was last dropped.
         self.stale = 0
 
 

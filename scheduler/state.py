@@ -29,7 +29,7 @@ from scheduler.model import (
     StepSpec,
     StepState,
 )
-from scheduler.pauses import PAUSE, PIECE, Pause
+from scheduler.pauses import PAUSE, PIECE, Pause, whole
 from scheduler.records import FEW_DEPENDENTS, NO_BUILDER, NO_TRIES, Hold, Step
 from scheduler.transitions import LAPSED, SUBJECT, UNFINISHED
 from scheduler.wanted import WantedSteps
@@ -66,6 +66,9 @@ class FarmState(WantedSteps):
         if rest is not None:
             for _ in rest:
                 pass
+        if self.ready.crowded:
+            whole(self.ready.sweeping())
+            self.ready.discarded.clear()
 
     def apply(self, fact: f.Fact) -> Iterator[Pause] | None:  # noqa: C901, PLR0911, PLR0912, PLR0915  one arm each
         """Apply one fact, or begin to: what is left of one that concerns many steps is returned, to be exhausted.
@@ -168,7 +171,9 @@ class FarmState(WantedSteps):
 
     def _revised(self, fact: f.WorksRevised) -> Iterator[Pause]:
         steps: list[Step] = []
-        for key, work_ms in fact.works:
+        for count, (key, work_ms) in enumerate(fact.works, 1):
+            if not count % PIECE:
+                yield PAUSE
             step = self.steps.get(key)
             if step is None or step.state not in UNFINISHED:
                 raise ImpossibleError(f"work cannot be said of {step or key}")
@@ -178,7 +183,7 @@ class FarmState(WantedSteps):
                 # When it should have room was computed of the former work.
                 holder.moves += 1
             steps.append(step)
-        return self._retail(steps)
+        yield from self._retail(steps)
 
     def _know(self, key: StepKey, recipes: tuple[Recipe, ...], state: StepState, work_ms: int = 0) -> None:
         self.generation += 1

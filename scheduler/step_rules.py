@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from scheduler import facts as f
 from scheduler.failures import CONSEQUENCES, Course
 from scheduler.model import MOST_MEMORY_BYTES, NO_INSTANT, Failure, FailureKind, Instant, StepKey, StepState
-from scheduler.pauses import PAUSE, PIECE, Pause
+from scheduler.pauses import PAUSE, PIECE, Pause, unique
 from scheduler.policy import Limits, Policy
 from scheduler.records import Builder, Step
 from scheduler.resource_limits import in_force
@@ -203,7 +203,7 @@ class StepRules:
 
         With `restart` a step begins with its first recipe again, else with the one that it had.
         """
-        seen = dict.fromkeys(starts)
+        seen = yield from unique(starts)
         pending = list(seen)
         looked_at = 0
         while pending:

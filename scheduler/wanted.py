@@ -8,7 +8,7 @@ Written by `FarmState.evolve` alone. Nothing here recurses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
 
@@ -16,7 +16,7 @@ from scheduler import facts as f
 from scheduler.deadlines import Deadlines
 from scheduler.graph import Merged, StepGraph, pieces
 from scheduler.model import ImpossibleError, Instant, StepKey, StepState, SubmissionId
-from scheduler.pauses import PAUSE, PIECE, Pause
+from scheduler.pauses import PAUSE, PIECE, Pause, picked, unique
 from scheduler.records import Step
 from scheduler.references import ReferenceCounts
 from scheduler.resource_limits import ResourceLimits
@@ -71,7 +71,7 @@ class WantedSteps(StepGraph):
         """Return whether a submission waits for nothing; true also for one that is withdrawn or unknown."""
         if submission in self.open:
             return False
-        return not any(submission in root.roots for root in self.submissions.get(submission, ()))
+        return not self.shares.waits(submission)
 
     def limits_wanted(self, step: Step) -> list[ResourceLimits | None]:
         """Return what the submissions that want the step say of it as their root, and None for those that do not.
@@ -85,7 +85,9 @@ class WantedSteps(StepGraph):
         return [*limits, None] if others else limits
 
     def _accepted(self, fact: f.SubmissionAccepted | f.SubmissionRetried) -> Iterator[Pause]:
-        roots = tuple([self.steps[key] for key in dict.fromkeys(fact.roots)])
+        steps = self.steps
+        keys = tuple((yield from unique(fact.roots)))
+        roots = yield from picked(keys, lambda piece: [steps[key] for key in piece])
         before = self.submissions.get(fact.submission) or self.withdrawn.pop(fact.submission, ())
         self.submissions[fact.submission] = roots
         if fact.submission in self.open or (isinstance(fact, f.SubmissionAccepted) and fact.open):
@@ -107,14 +109,17 @@ class WantedSteps(StepGraph):
     def _want(self, submission: SubmissionId, roots: Collection[Step]) -> Iterator[Pause]:
         """Let a submission wait for those of the roots that have not finished."""
         merged: Merged = {}
+        lapsed = False
         for count, root in enumerate(roots, 1):
             if not count % PIECE:
                 yield PAUSE
-            if root.state is not _DONE and root.state not in LAPSED and submission not in root.roots:
+            if root.state in LAPSED:
+                lapsed = True
+            elif root.state is not _DONE and submission not in root.roots:
                 root.roots = (*root.roots, submission)
                 self._own(root, (self.shares.begin(submission),), merged)
                 self.orphans.pop(root.key, None)
-        if any(root.state in LAPSED for root in roots):
+        if lapsed:
             self._root_failed(submission)
         self._settle_end(submission)
 
@@ -136,28 +141,32 @@ class WantedSteps(StepGraph):
 
     def _grew(self, fact: f.SubmissionGrew) -> Iterator[Pause]:
         opened = self.open[fact.submission]
-        roots = tuple([self.steps[key] for key in fact.roots])
+        known = self.steps
+        roots = yield from picked(fact.roots, lambda piece: [known[key] for key in piece])
         if not opened.roots.isdisjoint(fact.roots):
             raise ImpossibleError(f"{fact.submission} grows by a root that it has")
         self.submissions[fact.submission] += roots
         opened.roots.update(fact.roots)
-        opened.members.update(fact.members)
+        yield PAUSE
+        for start in range(0, len(fact.members), PIECE):
+            opened.members.update(fact.members[start : start + PIECE])
+            yield PAUSE
         if fact.limits:
             self.limits[fact.submission] = {**self.limits.get(fact.submission, {}), **dict(fact.limits)}
         for piece in pieces(roots):
             self.references.add(root.key for root in piece)
             yield PAUSE
-        members = [self.steps[key] for key in fact.members]
+        members = yield from picked(fact.members, lambda piece: [known[key] for key in piece])
         below = yield from self._engaged_at(roots, members)
         yield from self._want(fact.submission, roots)
         yield from self._engage(members)
         yield from self._spread(below)
 
     def _engaged_at(
-        self, roots: tuple[Step, ...], members: list[Step]
+        self, roots: tuple[Step, ...], members: Sequence[Step]
     ) -> Generator[Pause, None, list[tuple[int, int, Step]]]:
         """Return the engaged steps at and directly below what is new, by depth: they may now lie deeper."""
-        new = dict.fromkeys(members)
+        new = yield from unique(members)
         below: dict[Step, None] = {}
         looked_at = 0
         for step in (*roots, *members):
@@ -267,7 +276,7 @@ class WantedSteps(StepGraph):
     def _submission_forgotten(self, fact: f.SubmissionForgotten) -> Iterator[Pause]:
         known = self.submissions if fact.submission in self.submissions else self.withdrawn
         roots = known.pop(fact.submission)
-        if fact.submission in self.open or any(fact.submission in root.roots for root in roots):
+        if fact.submission in self.open or self.shares.waits(fact.submission):
             raise ImpossibleError(f"{fact.submission} is forgotten and has not ended")
         self.paid_until.pop(fact.submission, None)
         self.wait_limits.pop(fact.submission, None)
