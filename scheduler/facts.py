@@ -229,7 +229,7 @@ class LeaseRevoked:
     """The lease is over without a verdict on the step, which may be leased again from `not_before` on.
 
     The rest follows from the failure's kind: infrastructure costs one attempt of the budget, returned does not,
-    cancelled means that the farm itself no longer wants the build (an abandonment or a better result follows).
+    cancelled means that the farm wants this build no more: it is abandoned, known, or `moved` to a faster builder.
     """
 
     durable: ClassVar[bool] = True
@@ -241,8 +241,8 @@ class LeaseRevoked:
     payer: SubmissionId | None = None
     paid_until: Instant = NO_INSTANT
     at: Instant = NO_INSTANT  # absent in journals of before 2026-11-30
-    #: Memory that the step asks for from now on, because it seems to have died of too little; 0: as before.
-    memory_bytes: int = 0
+    memory_bytes: int = 0  # that the step asks for from now on, having died of too little; 0: as before
+    moved: bool = False
 
 
 @quick

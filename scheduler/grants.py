@@ -11,6 +11,7 @@ from itertools import islice
 from scheduler import facts as f
 from scheduler.locality import fetches_of
 from scheduler.model import FAR_OFF, BuilderId, Instant, LeaseId
+from scheduler.moves import Moves
 from scheduler.placement import LOOK_AHEAD, Placement, Rooms, first_of, nearest
 from scheduler.policy import Policy
 from scheduler.records import Builder, Queue, QueueHead, Step
@@ -20,13 +21,14 @@ from scheduler.state import FarmState
 class Grants:
     """The decisions about leases. Holds when to look again, and what was computed of builders."""
 
-    __slots__ = ("_policy", "_rooms", "_state", "look_again")
+    __slots__ = ("_moves", "_policy", "_rooms", "_state", "look_again")
 
     def __init__(self, state: FarmState, policy: Policy) -> None:
         self._state = state
         self._policy = policy
         self._rooms = Rooms()
-        #: When a wait for a faster builder has to be looked at again; `FAR_OFF` where there is none.
+        self._moves = Moves()
+        #: When a wait for a faster builder, or a build that may move to one, has to be looked at; `FAR_OFF` for never.
         self.look_again = FAR_OFF
 
     def grant(self, now: Instant) -> Iterator[f.FactOrPause]:
@@ -34,13 +36,27 @@ class Grants:
 
         Only queues of builders with free slots are looked at, and of each only the first step of the lane whose turn it
         is, or the first few where builders differ in speed or lack memory: steps that no builder can take cost nothing.
+        Builds that run move to rooms that are left.
         """
         self.look_again = FAR_OFF
-        free = self._state.free
-        if not free:
+        if not self._state.free:
             return
-        queues = {queue: None for builder in free.values() for queue in builder.queues if queue.lanes}
         placement = Placement(now, self._rooms)
+        yield from self._lease_ready(placement, now)
+        look_again = placement.look_again
+        if self._state.free:
+            if (yield from self._moves.move(self._state, placement, now)):
+                # Where they ran is room now.
+                again = Placement(now, self._rooms)
+                yield from self._lease_ready(again, now)
+                look_again = again.look_again
+            look_again = min(look_again, self._moves.look_again)
+        self.look_again = look_again
+
+    def _lease_ready(self, placement: Placement, now: Instant) -> Iterator[f.FactOrPause]:
+        """Grant leases of ready steps."""
+        free = self._state.free
+        queues = {queue: None for builder in free.values() for queue in builder.queues if queue.lanes}
         able_of: dict[Queue, list[Builder]] = {}
         while queues:
             best = min(queues, key=_head) if len(queues) > 1 else next(iter(queues))
@@ -66,7 +82,6 @@ class Grants:
                 _drop(builder, able_of)
             if not best.lanes:
                 del queues[best]
-        self.look_again = placement.look_again
 
     def _earliest(
         self, queue: Queue, able: list[Builder], placement: Placement, now: Instant

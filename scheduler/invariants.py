@@ -74,6 +74,7 @@ def durable(state: FarmState) -> tuple[dict[StepKey, tuple[object, ...]], dict[S
             step.tail_ms,
             step.memory_bytes,
             step.output_bytes,
+            step.moves,
             tuple(need.key for need in step.needs),
             tuple(dependent.key for dependent in step.dependents),
             step.builder,

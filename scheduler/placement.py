@@ -34,7 +34,7 @@ COMPARED: Final = 32
 #: Steps of one round that keep a builder for the memory that they ask for: each empties a machine.
 KEPT_OF_ROUND: Final = 1
 #: Longest wait, and the least that a wait must be able to gain.
-LONGEST_HOLD_S: Final = 3600.0
+LONGEST_HOLD_S: Final = 4 * 3600.0
 LEAST_GAIN_S: Final = 5.0
 #: What a late lease is expected to take yet, as a part of what it has taken.
 OVERDUE: Final = 0.5

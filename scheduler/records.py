@@ -72,6 +72,7 @@ class Step:
         "home",
         "key",
         "memory_bytes",
+        "moves",
         "needs",
         "not_before",
         "output_bytes",
@@ -109,6 +110,8 @@ class Step:
         #: Infrastructure failures of the recipe in use, and returned leases, of this life.
         self.faults = 0
         self.returns = 0
+        #: How often a build was moved to a faster builder, in this life.
+        self.moves = 0
         #: The kinds of those of `faults` that have a budget of their own.
         self.strikes: tuple[FailureKind, ...] = ()
         #: Failures of the recipe in use that have a signature, in this life: builder and signature of each.

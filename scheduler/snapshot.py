@@ -66,7 +66,7 @@ def _submission(
 
 def _past(step: Step) -> f.StepPast | None:
     if step.state in _PLAIN and not (
-        step.active or step.generation_ended or step.tried or step.avoid or step.not_before
+        step.active or step.moves or step.generation_ended or step.tried or step.avoid or step.not_before
     ):
         return None
     return f.StepPast(
@@ -80,6 +80,7 @@ def _past(step: Step) -> f.StepPast | None:
         tried=tuple(sorted(step.tried)),
         faults=step.faults,
         returns=step.returns,
+        moves=step.moves,
         strikes=step.strikes,
         avoid=step.avoid,
         not_before=step.not_before,

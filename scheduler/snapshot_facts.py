@@ -42,6 +42,7 @@ class StepPast:
     avoid: BuilderId
     not_before: Instant
     accounts: tuple[tuple[BuilderId, str], ...] = ()
+    moves: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -275,7 +275,7 @@ class FarmState(WantedSteps):
         self.generation += 1
         step.generation_started = self.generation
         step.tried = NO_TRIES
-        step.faults = step.returns = 0
+        step.faults = step.returns = step.moves = 0
         step.strikes = step.accounts = ()
         step.avoid, step.not_before = NO_BUILDER, NO_INSTANT
         step.failure = step.cause = None
@@ -369,6 +369,7 @@ class FarmState(WantedSteps):
             self._roster.blame(step, fact.failure)
         self._roster.end_lease(step, fact.at)
         step.evidence = b""
+        step.moves += fact.moved
         step.memory_bytes = fact.memory_bytes or step.memory_bytes
         kind = fact.failure.kind
         if is_fault(kind):
@@ -416,7 +417,7 @@ class FarmState(WantedSteps):
             step.failure, step.cause = past.failure, past.cause
             step.tried, step.strikes = frozenset(past.tried) or NO_TRIES, past.strikes
             step.accounts = past.accounts
-            step.faults, step.returns = past.faults, past.returns
+            step.faults, step.returns, step.moves = past.faults, past.returns, past.moves
             step.avoid, step.not_before = past.avoid, past.not_before
             if fact.state is StepState.FAILED:
                 self.failed[step.key] = step

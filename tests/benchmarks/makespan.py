@@ -76,6 +76,9 @@ class Played:
     builds: list[TimedBuild] = field(default_factory=list)
     #: Looks at its end while it ran.
     foreseen: list[ForeseenEnd] = field(default_factory=list)
+    #: Builds that moved to a faster machine, and the seconds that they had run before.
+    moves: int = 0
+    moved_s: float = 0.0
     core_s: float = 0.0
     longest_call_s: float = 0.0
 
@@ -96,6 +99,8 @@ class CoreRebuild:
         self._machine_of = {machine.name: index for index, machine in enumerate(rebuild.fleet)}
         self._expected: dict[StepKey, int] = {}
         self._ended: set[int] = set()
+        #: When each step's open lease began, with its order.
+        self._begun: dict[int, tuple[StartBuild, float]] = {}
         self._ends: list[tuple[float, int, StartBuild]] = []
         self._now = 0.0
         self._ready_at: dict[int, float] = {}
@@ -122,6 +127,8 @@ class CoreRebuild:
             if self._ends_foreseen.is_due(len(self.played.builds)):
                 self._ends_foreseen.look(self._farm, self._measured, self._now)
             self._now, step, order = heappop(self._ends)
+            if self._begun[step][0].lease != order.lease:
+                continue
             self._note(step, order)
             self._ended.add(step)
             self._call(BuildSucceeded(order.lease, order.builder, b""))
@@ -202,13 +209,19 @@ class CoreRebuild:
 
     def _begin(self, order: StartBuild) -> None:
         step, machine = self._step_of[order.lease.step], self._machine_of[order.builder]
+        if step in self._begun:
+            before, since = self._begun[step]
+            self.played.moves += 1
+            self.played.moved_s += self._now - since
+            self._stores.leave(step, self._machine_of[before.builder])
+        self._begun[step] = order, self._now
         fetch_s = self._stores.fetch_s(step, machine)
         self._stores.put(step, machine)
         ends = self._now + fetch_s + self._rebuild.works[step] / self._rebuild.fleet[machine].speed
         heappush(self._ends, (ends, step, order))
         needs = self._rebuild.shape.needs[step]
         ready = max([self._ready_at.get(need, 0.0) for need in needs], default=0.0)
-        self.played.waits[step] = self._now - ready
+        self.played.waits.setdefault(step, self._now - ready)
         self._ready_at[step] = ends
 
 

@@ -182,3 +182,7 @@ class Stores:
         """The machine builds the step: it has the inputs, and will have the result."""
         self._has[machine].update(self._shape.needs[step])
         self._has[machine].add(step)
+
+    def leave(self, step: int, machine: int) -> None:
+        """The build moves: the machine keeps the inputs and will not have the result."""
+        self._has[machine].discard(step)

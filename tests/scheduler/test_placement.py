@@ -188,7 +188,7 @@ def test_tails_are_those_of_the_longest_paths_whatever_was_estimated_in_between(
         farm.restart()
 
 
-def test_no_wait_is_longer_than_an_hour() -> None:
+def test_no_wait_is_longer_than_four_hours() -> None:
     farm = scene(slow=0.01, fast=2.0)
     farm.play(submit("s", ["x", "y"], work(step("x"), 600), work(step("y"), 600)))
     assert holders(farm) == {"x": "fast"}

@@ -1,0 +1,138 @@
+"""Moves of running builds: when one begins anew on a faster builder, and what bounds that."""
+
+from __future__ import annotations
+
+import pytest
+
+from scheduler import facts as f
+from scheduler import moves
+from scheduler.effects import CancelBuild, StartBuild
+from scheduler.events import BuilderLost
+from scheduler.model import BuilderId, FailureKind, LeaseId, StepKey, StepSpec, StepState
+from scheduler.policy import Limits
+from tests.scheduler.kit import Scene, broke, built, join, lease, report, step, submit
+from tests.scheduler.test_memory import asking, machine
+from tests.scheduler.test_placement import holders, measured, scene, work
+
+LATE_S = 600.0
+
+
+def on_slow(spec: StepSpec, **speeds: float) -> Scene:
+    """A farm where `x`, by `spec`, runs on `slow`, and `fast` has just become idle after ten seconds."""
+    farm = scene(slow=1.0, fast=4.0, **speeds)
+    farm.play(submit("s", ["quick", "top"], work(step("quick"), 200), spec, work(step("top", "x"), 1)))
+    assert holders(farm) == {"quick": "fast", "x": "slow"}
+    farm.at(10.0).play(built("quick", "fast"))
+    return farm
+
+
+def wake_until(farm: Scene, end: float, *leases: LeaseId) -> None:
+    """Let the farm wake itself until an instant, while builders go on as they are."""
+    while (at := farm.farm.deadline()) is not None and at < end:
+        farm.wake()
+        if holders(farm).get("x") != "slow":
+            return
+        farm.play(report("slow", 1, *leases))
+
+
+def test_a_build_that_takes_twice_what_was_expected_moves_to_a_faster_builder_that_idles() -> None:
+    farm = on_slow(work(step("x"), 2))
+    wake_until(farm, LATE_S, lease("x"))
+    assert holders(farm)["x"] == "fast"
+    # Twice two minutes, and what was expected at first of the rest would not have been worth a move.
+    assert farm.now == moves.LATE * 120.0
+    [revoked] = [fact for fact in farm.journal if isinstance(fact, f.LeaseRevoked)]
+    assert (revoked.builder, revoked.moved) == ("slow", True)
+    assert "fast is faster" in revoked.failure.message
+
+
+def test_the_old_lease_is_stopped_and_the_new_one_begun_in_one_call() -> None:
+    farm = on_slow(work(step("x"), 2))
+    _, effects = farm.at(LATE_S).play(report("slow", 1, lease("x")))
+    assert effects == [
+        CancelBuild(lease("x"), BuilderId("slow")),
+        StartBuild(lease("x", 2), BuilderId("fast"), 0),
+    ]
+    # What the old one still reports counts for nothing, whatever it is.
+    farm.play(built("x", "slow"), broke("x", "slow", FailureKind.PERMANENT))
+    assert farm.state("x") is StepState.LEASED
+    farm.play(built("x", "fast", 2))
+    assert farm.state("x") is StepState.PUBLISHING
+
+
+def test_a_known_build_moves_as_soon_as_that_ends_it_earlier_and_not_where_it_does_not() -> None:
+    farm = on_slow(work(step("x"), 20))
+    # A quarter of twenty minutes there, nineteen of them here after the least that a build runs.
+    wake_until(farm, LATE_S, lease("x"))
+    assert (holders(farm)["x"], farm.now) == ("fast", moves.LEAST_RUN_S)
+    farm = scene(slow=1.0, fast=1.5)
+    farm.play(submit("s", ["quick", "x"], work(step("quick"), 200), work(step("x"), 20)))
+    assert holders(farm) == {"quick": "fast", "x": "slow"}
+    # 13 minutes there, and eight here.
+    farm.at(720.0).play(built("quick", "fast"), report("slow", 1, lease("x")))
+    assert holders(farm)["x"] == "slow"
+
+
+def test_what_is_ready_goes_before_what_could_move() -> None:
+    farm = on_slow(work(step("x"), 2))
+    farm.play(submit("t", ["y"], work(step("y"), 1)))
+    assert holders(farm) == {"quick": "fast", "x": "slow", "y": "fast"}
+    farm.at(LATE_S).play(report("slow", 1, lease("x")))
+    assert holders(farm)["x"] == "slow"
+
+
+def test_the_longest_path_moves_first() -> None:
+    farm = Scene()
+    farm.play(measured("linux", slow=1.0, fast=4.0), join("slow", 2))
+    steps = [work(step("short"), 10), work(step("x"), 10), work(step("top", "x"), 10)]
+    farm.play(submit("s", ["short", "top"], *steps))
+    assert holders(farm) == {"short": "slow", "x": "slow"}
+    farm.at(100.0).play(join("fast", 1), report("slow", 2, lease("short"), lease("x")))
+    assert holders(farm) == {"short": "slow", "x": "fast"}
+
+
+def test_the_room_that_a_move_leaves_is_granted_at_once() -> None:
+    farm = scene(slow=1.0)
+    farm.play(submit("s", ["x", "y"], work(step("x"), 20), work(step("y"), 10)))
+    assert holders(farm) == {"x": "slow"}
+    farm.play(measured("linux", slow=1.0, fast=4.0))
+    farm.at(100.0).play(report("slow", 1, lease("x")))
+    # `y` takes the new room itself, and `x` moves when that is free again.
+    farm.play(join("fast"))
+    assert holders(farm) == {"x": "slow", "y": "fast"}
+    farm.play(submit("t", ["z"], work(step("z"), 1)))
+    farm.play(built("y", "fast"))
+    assert holders(farm)["z"] == "fast"
+
+
+def test_a_build_moves_so_often_in_one_life_and_no_more() -> None:
+    names = ["m0", "m1", "m2", "m3", "m4"]
+    farm = Scene(Limits(lease_ttl_s=1e6))
+    farm.play(measured("linux", **{name: 2.0**n for n, name in enumerate(names)}), join("m0"))
+    farm.play(submit("s", ["x"], work(step("x"), 6000)))
+    for number, name in enumerate(names[1:], 1):
+        farm.at(100.0 * number).play(join(name))
+    assert holders(farm) == {"x": names[moves.MOVES]}
+    # The loss of a builder begins no new life, nor does a restart.
+    farm.play(BuilderLost(BuilderId(names[moves.MOVES]), "1", "gone"))
+    farm.restart()
+    assert farm.farm.state.steps[StepKey("x")].moves == moves.MOVES
+
+
+def test_nothing_moves_to_a_machine_without_the_memory_that_it_asks_for() -> None:
+    farm = Scene()
+    farm.play(measured("linux", small=4.0, large=1.0), join(machine("large", 16)))
+    farm.play(submit("s", ["x"], asking(step("x"), 8, minutes=60)))
+    farm.play(join(machine("small", 4)))
+    farm.at(100.0).play(report("large", 1, lease("x")), report("small", 1))
+    assert holders(farm) == {"x": "large"}
+
+
+@pytest.mark.parametrize("speed", [1.0, 1.1])
+def test_nothing_moves_to_a_builder_that_is_hardly_faster(speed: float) -> None:
+    farm = Scene()
+    farm.play(measured("linux", slow=1.0, fast=speed), join("slow"))
+    farm.play(submit("s", ["x"], work(step("x"), 60)))
+    farm.play(join("fast"))
+    farm.at(100.0).play(report("slow", 1, lease("x")), report("fast", 1))
+    assert holders(farm) == {"x": "slow"}
