@@ -1,7 +1,7 @@
 """Moves of running builds: one on a slow builder begins anew on a faster one that idles, where that ends it earlier.
 
 Of what was never built nobody knows how long it takes, so that what takes hours begins on slow machines too. A build
-that has taken twice what was expected is likely to take twice as long again (times of builds are heavy-tailed). One
+that has taken twice what was expected is taken to need three times as long again: times of builds are heavy-tailed. One
 that has not is expected to end as was foreseen. The longest path to a root comes first, and only rooms that no ready
 step takes are used. The build loses what it has done, which is bounded: it moves at most `MOVES` times in a life of its
 step, each time to a builder that is faster by `FASTER`.
@@ -33,9 +33,9 @@ FASTER: Final = 1.2
 MARGIN: Final = 0.95
 #: How often as long as expected a build has taken that is late, and what it takes yet, as a part of what it has taken.
 LATE: Final = 2.0
-LATE_REST: Final = 2.0
+LATE_REST: Final = 3.0
 #: Seconds between two looks, and leases of one queue that a look is at, those of the slowest builders first.
-LOOK_EVERY_S: Final = 10.0
+LOOK_EVERY_S: Final = 1.0
 LOOKED_AT: Final = 1024
 
 

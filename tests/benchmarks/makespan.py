@@ -14,8 +14,10 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from multiprocessing import get_context
 from pathlib import Path
 
 from coordinator.learning.learned import Learned, learn
@@ -237,6 +239,7 @@ def compared(shape: Shape, fleet: Sequence[Machine], seed: int, rebuilds: int) -
         played = CoreRebuild(rebuild, learned, known).run()
         least = peers.bound(rebuild)
         found[f"drover {number}"] = played.makespan_s / least
+        found |= {f"moves {number}": played.moves, f"hours before moves {number}": played.moved_s / 3600}
         found |= {f"{name} {number}": part for name, part in judged(played.foreseen, played.makespan_s).items()}
         found["us a build"] = played.core_s / len(shape.names) * 1e6
         found["longest call, ms"] = played.longest_call_s * 1e3
@@ -287,15 +290,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, action="append", help="seed of works and noise; may be repeated")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 1, without --seed")
     parser.add_argument("--learned", type=int, default=3, help="rebuilds in turn, each with what was learned before")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds that run at one time, each in a process")
     parser.add_argument("--fleet", action="append", choices=sorted(FLEETS), help="by slots; may be repeated")
     options = parser.parse_args(argv)
     shape = layered_shape() if options.graph is None else read_shape(options.graph)
     ratios: dict[str, float] = {}
     for fleet in options.fleet or FLEETS:
         rows = []
-        for seed in options.seed or range(1, options.seeds + 1):
-            rows.append(compared(shape, FLEETS[fleet], seed, options.learned))
-            print(f"fleet {fleet}, seed {seed}: { ({k: round(v, 3) for k, v in rows[-1].items()}) }", file=sys.stderr)
+        seeds = options.seed or range(1, options.seeds + 1)
+        # Seeds know nothing of each other; a process each, since the core keeps a processor busy.
+        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+            many = len(seeds)
+            played = pool.map(compared, [shape] * many, [FLEETS[fleet]] * many, seeds, [options.learned] * many)
+            for seed, row in zip(seeds, played, strict=True):
+                rows.append(row)
+                print(f"fleet {fleet}, seed {seed}: { ({k: round(v, 3) for k, v in row.items()}) }", file=sys.stderr)
         progress(f"{fleet} slots, {len(shape.names)} steps, over the bound, median of {len(rows)} seeds and spread:")
         ratios |= report(fleet, rows)
     if options.json:
