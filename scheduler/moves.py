@@ -1,6 +1,6 @@
 """Moves of running builds: one on a slow builder begins anew on a faster one that idles, where that ends it earlier.
 
-Of what was never built nobody knows how long it takes, so that what takes hours begins on slow machines too. A build
+How long a package takes is not known before it was built: what takes hours begins on slow machines too. A build
 that has taken twice what was expected is taken to need three times as long again: times of builds are heavy-tailed. One
 that has not is expected to end as was foreseen. The longest path to a root comes first, and only rooms that no ready
 step takes are used. The build loses what it has done, which is bounded: it moves at most `MOVES` times in a life of its

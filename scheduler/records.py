@@ -107,11 +107,9 @@ class Step:
         self.tried = NO_TRIES
         #: Leases ever granted; the attempt of the open lease where there is one. Never falls.
         self.attempt = 0
-        #: Infrastructure failures of the recipe in use, and returned leases, of this life.
+        #: Infrastructure failures of the recipe in use, and returned and moved leases, of this life.
         self.faults = 0
-        self.returns = 0
-        #: How often a build was moved to a faster builder, in this life.
-        self.moves = 0
+        self.returns = self.moves = 0
         #: The kinds of those of `faults` that have a budget of their own.
         self.strikes: tuple[FailureKind, ...] = ()
         #: Failures of the recipe in use that have a signature, in this life: builder and signature of each.
