@@ -21,7 +21,7 @@ from scheduler.builder_rules import BuilderRules
 from scheduler.forsaken import Forsaken
 from scheduler.grants import Grants
 from scheduler.model import FAR_OFF, NO_INSTANT, Instant, StepKey, StepState, SubmissionClosedError, SubmissionId
-from scheduler.pauses import PAUSE, PIECE, Pause, picked
+from scheduler.pauses import PAUSE, PIECE, Pause, picked, unique
 from scheduler.policy import Limits, Policy
 from scheduler.records import Step
 from scheduler.state import FarmState, is_lapsed
@@ -333,14 +333,15 @@ class Decider:
         return list(lost)
 
     def _results_held(self, event: e.ResultsHeld, now: Instant) -> Iterator[f.FactOrPause]:
-        steps = [self._state.steps[key] for key in event.steps if key in self._state.steps]
-        unfinished = [step.key for step in steps if step.state in UNFINISHED]
+        known = self._state.steps
+        steps = yield from picked(event.steps, lambda piece: [known[key] for key in piece if key in known])
+        unfinished = yield from picked(steps, lambda piece: [step.key for step in piece if step.state in UNFINISHED])
         yield from self._hold(unfinished, min(now, event.seen_at), now)
 
     def _hold(
         self, held: Collection[StepKey], seen_at: Instant, now: Instant, sizes: Mapping[StepKey, int] = NO_SIZES
     ) -> Iterator[f.FactOrPause]:
-        for count, key in enumerate(dict.fromkeys(held), 1):
+        for count, key in enumerate((yield from unique(held)), 1):
             if not count % PIECE:
                 yield PAUSE
             step = self._state.steps.get(key)
