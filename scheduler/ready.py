@@ -161,6 +161,11 @@ class ReadyIndex:
         if self.forsaken:
             self.forsaken.pop(step, None)
         lanes = queue.lanes
+        if not queue.standing:
+            # All that is left is stale, and may be much.
+            for stake in tuple(lanes):
+                self._close(queue, stake)
+            return
         for stake in step.owners:
             lane = lanes.get(stake)
             if lane is None:
@@ -205,11 +210,14 @@ class ReadyIndex:
     def close_lanes(self, stake: int) -> None:
         """A submission waits for nothing any more: what others want too stands in their lanes."""
         for queue in self.queues.values():
-            lane = queue.lanes.get(stake)
-            if lane is not None:
-                queue.close(stake)
-                if len(lane.heap) > PIECE:
-                    self.discarded.append(lane.heap)
+            if stake in queue.lanes:
+                self._close(queue, stake)
+
+    def _close(self, queue: Queue, stake: int) -> None:
+        heap = queue.lanes[stake].heap
+        queue.close(stake)
+        if len(heap) > PIECE:
+            self.discarded.append(heap)
 
     def _weigh_lane(self, queue: Queue, lane: Lane) -> None:
         if len(lane.heap) > 2 * queue.standing + 2 * FEW_STALE:
