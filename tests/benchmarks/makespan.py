@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from heapq import heappop, heappush
 from multiprocessing import get_context
 from pathlib import Path
@@ -62,6 +63,8 @@ MEASURE_EVERY_S = 60.0
 MEASURE_PART = 0.1
 #: The shortest jobs are this part of all.
 SHORTEST = 0.2
+#: Owners whose delays are compared.
+OWNERS = 2
 TARGET_OVER_BEST = 1.03
 TARGET_FIRST = 0.9
 
@@ -73,7 +76,7 @@ class Played:
     makespan_s: float = 0.0
     #: Seconds from ready to begun, by step.
     waits: dict[int, float] = field(default_factory=dict)
-    #: Owner -> when the last of its steps ended.
+    #: Owner -> when the last of the steps that it wants ended.
     ends: dict[str, float] = field(default_factory=dict)
     builds: list[TimedBuild] = field(default_factory=list)
     #: Looks at its end while it ran.
@@ -86,13 +89,28 @@ class Played:
 
 
 class CoreRebuild:
-    """The core, played through one rebuild."""
+    """The core, played through one rebuild, which as many owners ask for in parts; of these `only` one, if it is given.
 
-    def __init__(self, rebuild: Rebuild, learned: Learned, before: Sequence[TimedBuild], *, owners: int = 1) -> None:
+    Each owner has every n-th root, with what is below it.
+    """
+
+    def __init__(
+        self,
+        rebuild: Rebuild,
+        learned: Learned,
+        before: Sequence[TimedBuild],
+        *,
+        owners: int = 1,
+        only: int | None = None,
+    ) -> None:
         self._rebuild = rebuild
         self._learned = self._measured = learned
         self._before = before
-        self._owners = [f"owner{number}" for number in range(owners)]
+        self._wanted = {
+            f"owner{number}": wanted
+            for number, wanted in enumerate(parts_of(rebuild.shape, owners))
+            if only in {None, number}
+        }
         self._ends_foreseen = ForeseenEnds(rebuild)
         self._farm = Farm(Limits(lease_ttl_s=1e9))
         self._stores = Stores(rebuild)
@@ -132,34 +150,23 @@ class CoreRebuild:
             if self._begun[step][0].lease != order.lease:
                 continue
             self._note(step, order)
-            self._ended.add(step)
-            self._call(BuildSucceeded(order.lease, order.builder, b""))
+            self._call(BuildSucceeded(order.lease, order.builder, b"", int(self._rebuild.sizes[step])))
             if self._now >= measured_at + max(MEASURE_EVERY_S, self._now * MEASURE_PART):
                 measured_at = self._now
                 self._measure(learn([*self._before, *self.played.builds]))
-        for owner in self._owners:
+        for owner in self._wanted:
             if not self._farm.ended(SubmissionId(owner)):
                 raise SystemExit(f"{owner} does not end")
         self.played.makespan_s, self.played.foreseen = self._now, self._ends_foreseen.looks
         return self.played
 
     def _submissions(self) -> list[SubmissionReceived]:
-        """Return one submission for each owner, who has every n-th root and what is below it."""
-        shape = self._rebuild.shape
-        roots = [step for step, above in enumerate(shape.dependents) if not above]
+        """Return one submission for each owner."""
         made = []
-        for number, owner in enumerate(self._owners):
-            mine = roots[number :: len(self._owners)]
-            seen = set(mine)
-            todo = list(mine)
-            while todo:
-                for need in shape.needs[todo.pop()]:
-                    if need not in seen:
-                        seen.add(need)
-                        todo.append(need)
-            steps = tuple(self._spec(step) for step in shape.order if step in seen)
-            wanted = tuple(self._keys[root] for root in mine)
-            made.append(SubmissionReceived(SubmissionId(owner), wanted, steps, terms=Terms(owner=owner)))
+        for owner, (roots, wanted) in self._wanted.items():
+            steps = tuple(self._spec(step) for step in self._rebuild.shape.order if step in wanted)
+            keys = tuple(self._keys[root] for root in roots)
+            made.append(SubmissionReceived(SubmissionId(owner), keys, steps, terms=Terms(owner=owner)))
         return made
 
     def _spec(self, step: int) -> StepSpec:
@@ -176,6 +183,10 @@ class CoreRebuild:
         self.played.builds.append(
             TimedBuild(shape.packages[step], shape.systems[step], machine.name, seconds, shape.kinds[step])
         )
+        self._ended.add(step)
+        for owner, (_, wanted) in self._wanted.items():
+            if step in wanted:
+                self.played.ends[owner] = self._now
 
     def _measure(self, learned: Learned) -> None:
         self._measured = learned
@@ -189,7 +200,7 @@ class CoreRebuild:
     def _open_works(self) -> Iterator[OpenWork]:
         shape = self._rebuild.shape
         for step, key in enumerate(self._keys):
-            if step not in self._ended:
+            if step not in self._ended and key in self._expected:
                 yield OpenWork(key, shape.names[step], shape.systems[step], shape.kinds[step], self._expected[key])
 
     def _call(self, *events: Event) -> None:
@@ -227,7 +238,35 @@ class CoreRebuild:
         self._ready_at[step] = ends
 
 
-def compared(shape: Shape, fleet: Sequence[Machine], seed: int, rebuilds: int) -> dict[str, float]:
+def parts_of(shape: Shape, owners: int) -> list[tuple[list[int], set[int]]]:
+    """Return for each owner every n-th root, and these with all that is below them."""
+    roots = [step for step, above in enumerate(shape.dependents) if not above]
+    parts = []
+    for number in range(owners):
+        mine = roots[number::owners]
+        wanted = set(mine)
+        todo = list(mine)
+        while todo:
+            further = set(shape.needs[todo.pop()]) - wanted
+            wanted |= further
+            todo.extend(further)
+        parts.append((mine, wanted))
+    return parts
+
+
+def fairness(rebuild: Rebuild, learned: Learned, known: Sequence[TimedBuild]) -> float:
+    """Let two owners rebuild halves at one time; return the smaller over the larger of their delays.
+
+    A delay is the time until all that an owner wants has ended, over what that takes it alone on the same machines.
+    What both want is built once, for both.
+    """
+    alone = [CoreRebuild(rebuild, learned, known, owners=OWNERS, only=each).run().makespan_s for each in range(OWNERS)]
+    together = CoreRebuild(rebuild, learned, known, owners=OWNERS).run().ends
+    delays = [ends / by_itself for ends, by_itself in zip(together.values(), alone, strict=True)]
+    return min(delays) / max(delays)
+
+
+def compared(shape: Shape, fleet: Sequence[Machine], seed: int, *, rebuilds: int, fair: bool) -> dict[str, float]:
     """Return makespans over the bound of one seed's rebuilds: `drover 1` is the first, and so on."""
     shape = spread_over(shape, fleet, seed)
     works, sizes = works_of(shape, seed), sizes_of(shape, seed)
@@ -243,12 +282,14 @@ def compared(shape: Shape, fleet: Sequence[Machine], seed: int, rebuilds: int) -
         found |= {f"{name} {number}": part for name, part in judged(played.foreseen, played.makespan_s).items()}
         found["us a build"] = played.core_s / len(shape.names) * 1e6
         found["longest call, ms"] = played.longest_call_s * 1e3
-        known += played.builds
-        learned = learn(known)
         if number == min(2, rebuilds):
             found |= _peers(rebuild, least)
+            if fair:
+                found["fairness of two owners"] = fairness(rebuild, learned, known)
             short = sorted(range(len(works)), key=lambda step: works[step])[: int(len(works) * SHORTEST)]
             found["wait of the shortest, s"] = statistics.quantiles([played.waits[step] for step in short], n=20)[-1]
+        known += played.builds
+        learned = learn(known)
     return found
 
 
@@ -274,6 +315,7 @@ def report(fleet: str, rows: list[dict[str, float]]) -> dict[str, float]:
     first = [row["drover 1"] / row["steps, emptiest"] for row in rows]
     later = [row[second] / row["steps, emptiest"] for row in rows]
     progress(f"  {second} over the better that knows all: {statistics.median(over):.3f} (target {TARGET_OVER_BEST})")
+    progress(f"  {second} over steps on the emptiest, worst seed: {max(later):.3f} (target 1)")
     progress(f"  drover 1 over steps on the emptiest: {statistics.median(first):.3f} (target {TARGET_FIRST})")
     return {
         f"{fleet}: second over best known": round(statistics.median(over), 3),
@@ -291,6 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 1, without --seed")
     parser.add_argument("--learned", type=int, default=3, help="rebuilds in turn, each with what was learned before")
     parser.add_argument("--jobs", type=int, default=1, help="seeds that run at one time, each in a process")
+    parser.add_argument("--fair", action="store_true", help="let two owners rebuild too, which takes as long again")
     parser.add_argument("--fleet", action="append", choices=sorted(FLEETS), help="by slots; may be repeated")
     options = parser.parse_args(argv)
     shape = layered_shape() if options.graph is None else read_shape(options.graph)
@@ -300,8 +343,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         seeds = options.seed or range(1, options.seeds + 1)
         # Seeds know nothing of each other; a process each, since the core keeps a processor busy.
         with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-            many = len(seeds)
-            played = pool.map(compared, [shape] * many, [FLEETS[fleet]] * many, seeds, [options.learned] * many)
+            each = partial(compared, shape, FLEETS[fleet], rebuilds=options.learned, fair=options.fair)
+            played = pool.map(each, seeds)
             for seed, row in zip(seeds, played, strict=True):
                 rows.append(row)
                 print(f"fleet {fleet}, seed {seed}: { ({k: round(v, 3) for k, v in row.items()}) }", file=sys.stderr)
