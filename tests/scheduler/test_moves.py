@@ -10,7 +10,7 @@ from scheduler.effects import CancelBuild, StartBuild
 from scheduler.events import BuilderLost
 from scheduler.model import BuilderId, FailureKind, LeaseId, StepKey, StepSpec, StepState
 from scheduler.policy import Limits
-from tests.scheduler.kit import Scene, broke, built, join, lease, report, step, submit
+from tests.scheduler.kit import LINUX, Scene, broke, builder, built, join, lease, report, step, submit
 from tests.scheduler.test_memory import asking, machine
 from tests.scheduler.test_placement import holders, measured, scene, work
 
@@ -40,7 +40,7 @@ def test_a_build_that_takes_twice_what_was_expected_moves_to_a_faster_builder_th
     wake_until(farm, LATE_S, lease("x"))
     assert holders(farm)["x"] == "fast"
     # Twice two minutes, and what was expected at first of the rest would not have been worth a move.
-    assert farm.now == moves.LATE * 120.0
+    assert farm.now == 240.0
     [revoked] = [fact for fact in farm.journal if isinstance(fact, f.LeaseRevoked)]
     assert (revoked.builder, revoked.moved) == ("slow", True)
     assert "fast is faster" in revoked.failure.message
@@ -92,17 +92,24 @@ def test_the_longest_path_moves_first() -> None:
 
 
 def test_the_room_that_a_move_leaves_is_granted_at_once() -> None:
-    farm = scene(slow=1.0)
-    farm.play(submit("s", ["x", "y"], work(step("x"), 20), work(step("y"), 10)))
+    farm = Scene(Limits(lease_ttl_s=1e6))
+    farm.play(measured(LINUX, slow=1.0, fast=4.0), join(builder("slow", features=["old"])))
+    farm.play(submit("s", ["x", "y"], work(step("x"), 20), work(step("y", features=["old"]), 10)))
     assert holders(farm) == {"x": "slow"}
-    farm.play(measured("linux", slow=1.0, fast=4.0))
-    farm.at(100.0).play(report("slow", 1, lease("x")))
-    # `y` takes the new room itself, and `x` moves when that is free again.
-    farm.play(join("fast"))
-    assert holders(farm) == {"x": "slow", "y": "fast"}
-    farm.play(submit("t", ["z"], work(step("z"), 1)))
-    farm.play(built("y", "fast"))
-    assert holders(farm)["z"] == "fast"
+    farm.at(100.0).play(join("fast"), report("slow", 1, lease("x")))
+    assert holders(farm) == {"x": "fast", "y": "slow"}
+
+
+def test_a_build_does_not_move_to_the_builder_on_which_it_failed() -> None:
+    farm = Scene(Limits(lease_ttl_s=1e6))
+    farm.play(measured(LINUX, slow=1.0, fast=4.0), join("fast"))
+    farm.play(submit("s", ["x"], work(step("x"), 60)))
+    farm.play(join("slow"), broke("x", "fast", FailureKind.INFRASTRUCTURE))
+    while not holders(farm):
+        farm.wake()
+    assert holders(farm) == {"x": "slow"}
+    farm.at(farm.now + 200.0).play(report("slow", 1, lease("x", 2)), report("fast", 1))
+    assert holders(farm) == {"x": "slow"}
 
 
 def test_a_build_moves_so_often_in_one_life_and_no_more() -> None:
