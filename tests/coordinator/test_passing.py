@@ -46,12 +46,12 @@ class HeldUp:
             self._encoded = Journal.encoded
             monkeypatch.setattr(Journal, "encoded", self._encoding(Journal.encoded))
 
-    async def _in_slices(self, work: Generator[object, None, Any]) -> Any:
+    async def _in_slices(self, work: Generator[object, None, Any], *, can_wait: bool = False) -> Any:
         task = asyncio.current_task()
         if task is not None and task.get_name() == "large submission" and not self.reached.is_set():
             next(work)
             await self._wait()
-        return await in_slices(work)
+        return await in_slices(work, can_wait=can_wait)
 
     def _encoding(self, encode: Callable[..., Any]) -> Callable[..., Any]:
         async def encoded(journal: Journal, facts: Sequence[Fact]) -> Any:
