@@ -9,7 +9,7 @@ from collections.abc import Generator, Mapping
 from itertools import chain
 
 from scheduler import events as e
-from scheduler.model import StepKey, SubmissionRefusedError
+from scheduler.model import StepKey, StepSpec, SubmissionRefusedError
 from scheduler.pauses import PAUSE, PIECE, Pause, emptied
 from scheduler.state import FarmState
 
@@ -28,13 +28,21 @@ def _check_closed(state: FarmState, event: e.SubmissionReceived | e.SubmissionGr
         given[spec.key] = None
         if not count % PIECE:
             yield PAUSE
-    needs = (need for spec in event.steps for recipe in spec.recipes for need in recipe.needs)
-    for count, key in enumerate(chain(event.roots, needs), 1):
-        if key not in given and key not in state.steps:
-            raise SubmissionRefusedError(f"{key} is needed and neither known, given nor held")
-        if not count % PIECE:
+    looked_at = 0
+    # Steps count too: very many may need nothing.
+    for keys in chain(((root,) for root in event.roots), (_all_needs(spec) for spec in event.steps)):
+        for key in keys:
+            if key not in given and key not in state.steps:
+                raise SubmissionRefusedError(f"{key} is needed and neither known, given nor held")
+        looked_at += 1 + len(keys)
+        if looked_at >= PIECE:
+            looked_at = 0
             yield PAUSE
     yield from emptied(given)
+
+
+def _all_needs(spec: StepSpec) -> tuple[StepKey, ...]:
+    return spec.recipes[0].needs if len(spec.recipes) == 1 else tuple(chain(*[each.needs for each in spec.recipes]))
 
 
 def _check_acyclic(state: FarmState, event: e.SubmissionReceived | e.SubmissionGrown) -> Generator[Pause, None, None]:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Generator, Iterator
 from scheduler import events as e
 from scheduler import facts as f
 from scheduler.model import BuilderId, Failure, FailureKind, Instant, LeaseId, StepState
+from scheduler.pauses import PAUSE, PIECE, Pause, picked, unique
 from scheduler.policy import Limits, Policy
 from scheduler.records import Builder, Step
 from scheduler.state import FarmState
@@ -42,7 +43,7 @@ class BuilderRules:
                 if step.lease not in listed and step.key in builder.leases:
                     yield from self._step_rules.retry(step, failure, now)
         missing = yield from self._missing(builder, event.leases, now)
-        unknown = self._unknown(spec.id, event.leases)
+        unknown = yield from self._unknown(spec.id, event.leases)
         yield f.BuilderAdmitted(spec, event.capacity, now, missing, unknown, event.draining, event.unfit)
         yield from self.judge(spec.id, now)
 
@@ -58,7 +59,7 @@ class BuilderRules:
         if builder.spec.incarnation != event.incarnation:
             return
         missing = yield from self._missing(builder, event.leases, now)
-        unknown = self._unknown(event.builder, event.leases)
+        unknown = yield from self._unknown(event.builder, event.leases)
         yield f.BuilderRefreshed(
             *(event.builder, event.capacity, now, missing, unknown, event.draining, event.unfit, event.collections)
         )
@@ -147,9 +148,11 @@ class BuilderRules:
         """
         if builder is None or not builder.leases:
             return ()
-        names = {(lease.step, lease.attempt) for lease in listed}
+        names = yield from unique((lease.step, lease.attempt) for lease in listed)
         missing: list[LeaseId] = []
-        for step in tuple(builder.leases.values()):
+        for count, step in enumerate(tuple(builder.leases.values()), 1):
+            if not count % PIECE:
+                yield PAUSE
             overdue = self._is_overdue(builder, step, now)
             if (step.key, step.attempt) in names or not overdue or step.key not in builder.leases:
                 continue
@@ -161,14 +164,15 @@ class BuilderRules:
         # A revocation above may have ended others (a step that failed dooms what stands on it).
         return tuple(lease for lease in missing if lease.step in builder.leases)
 
-    def _unknown(self, builder: BuilderId, listed: tuple[LeaseId, ...]) -> tuple[LeaseId, ...]:
+    def _unknown(self, builder: BuilderId, listed: tuple[LeaseId, ...]) -> Generator[Pause, None, tuple[LeaseId, ...]]:
         """Return the leases a builder names without a right. One being published may be named until acknowledged."""
-        unknown: list[LeaseId] = []
-        for lease in listed:
-            step = self._state.steps.get(lease.step)
-            if step is None or step.attempt != lease.attempt or step.builder != builder or step.state not in _OPEN:
-                unknown.append(lease)
-        return tuple(unknown)
+        steps = self._state.steps
+
+        def has(lease: LeaseId) -> bool:
+            step = steps.get(lease.step)
+            return step is not None and (step.attempt, step.builder) == (lease.attempt, builder) and step.state in _OPEN
+
+        return (yield from picked(listed, lambda piece: [lease for lease in piece if not has(lease)]))
 
     def _remove(self, builder: Builder, reason: str, now: Instant, *, silent: bool) -> Iterator[f.FactOrPause]:
         failure = Failure(FailureKind.WORKER_LOST, reason)

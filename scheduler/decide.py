@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import assert_never
 
 from scheduler import events as e
@@ -21,7 +22,7 @@ from scheduler.builder_rules import BuilderRules
 from scheduler.forsaken import Forsaken
 from scheduler.grants import Grants
 from scheduler.model import FAR_OFF, NO_INSTANT, Instant, StepKey, StepState, SubmissionClosedError, SubmissionId
-from scheduler.pauses import PAUSE, PIECE, Pause, picked, unique
+from scheduler.pauses import PAUSE, PIECE, Pause, emptied, picked, unique
 from scheduler.policy import Limits, Policy
 from scheduler.records import Step
 from scheduler.state import FarmState, is_lapsed
@@ -161,11 +162,11 @@ class Decider:
     def _received(self, event: e.SubmissionReceived, now: Instant) -> Iterator[f.FactOrPause]:
         """Take a submission, let one that ended with lapsed roots run again, or give one that runs a new plan."""
         state = self._state
-        if self._is_stale(event):
+        if (yield from self._is_stale(event)):
             return
         yield from check_graph(state, event)
         if event.again or event.replanned:
-            event = self._with_known_roots(event)
+            event = yield from self._with_known_roots(event)
         renewed = yield from self._take_steps(event)
         yield from self._hold(event.held, min(now, event.asked_at), now, dict(event.held_bytes))
         roots = yield from picked(event.roots, lambda piece: [state.steps[key] for key in piece])
@@ -173,8 +174,8 @@ class Decider:
         yield from self._lose(event, roots, known_failures)
         if event.replanned:
             # What became of the roots that it had stands; one whose growth was lost begins.
-            had = frozenset(state.submissions[event.submission])
-            further = [root for root in roots if root not in had]
+            had = yield from unique(state.submissions[event.submission])
+            further = yield from picked(roots, lambda piece: [root for root in piece if root not in had])
             yield from self._step_rules.revive(further, restart=True, stands=known_failures)
         else:
             yield from self._step_rules.revive(roots, restart=True, stands=known_failures)
@@ -202,8 +203,8 @@ class Decider:
         if opened is None:
             self._refuse_closed(event)
             return
-        seen = set(opened.roots)
-        wanted = yield from picked(event.roots, lambda piece: _unseen(piece, seen))
+        asked = tuple((yield from unique(event.roots)))
+        wanted = yield from picked(asked, lambda piece: [key for key in piece if key not in opened.roots])
         if not wanted:
             return
         yield from check_graph(state, event)
@@ -234,12 +235,13 @@ class Decider:
         if not {root.key for root in roots}.issuperset(event.roots) or not event.roots:
             raise SubmissionClosedError(f"{event.submission} is not open")
 
-    def _with_known_roots(self, event: e.SubmissionReceived) -> e.SubmissionReceived:
+    def _with_known_roots(self, event: e.SubmissionReceived) -> Generator[Pause, None, e.SubmissionReceived]:
         """Return an event of a known submission with all its roots: it may have grown since it was planned anew."""
         state = self._state
-        known = [root.key for root in state.submissions.get(event.submission) or state.withdrawn[event.submission]]
+        known = state.submissions.get(event.submission) or state.withdrawn[event.submission]
+        roots = yield from unique(chain((root.key for root in known), event.roots))
         limits = {**self._state.limits.get(event.submission, {}), **dict(event.limits)}
-        return replace(event, roots=tuple(dict.fromkeys((*known, *event.roots))), limits=tuple(limits.items()))
+        return replace(event, roots=tuple(roots), limits=tuple(limits.items()))
 
     def _lose(self, event: e.Wished, roots: Sequence[Step], known_failures: _KnownFailures) -> Iterator[f.FactOrPause]:
         """Let what the cache has lost be made again, but for what is known to fail below it or below `roots`."""
@@ -255,9 +257,14 @@ class Decider:
             yield f.StepLost(step.key)
 
     def _doom_by(self, known_failures: _KnownFailures, now: Instant) -> Iterator[f.FactOrPause]:
-        for step, cause in tuple(known_failures.causes.items()):
+        causes = known_failures.causes
+        # Nothing is added to these any more.
+        for count, (step, cause) in enumerate(causes.items(), 1):
+            if not count % PIECE:
+                yield PAUSE
             if step.dependents:
                 yield from self._step_rules.doom(step, cause, now, known_failures.has_failed_here)
+        yield from emptied(causes)
 
     def _wait_of(self, event: e.SubmissionReceived) -> int | None:
         """Return how long the submission lets its steps wait for a builder: as before where it sets nothing."""
@@ -284,16 +291,19 @@ class Decider:
         if wanted != terms.priority:
             yield f.SubmissionBumped(name, wanted, now)
 
-    def _is_stale(self, event: e.SubmissionReceived) -> bool:
+    def _is_stale(self, event: e.SubmissionReceived) -> Generator[Pause, None, bool]:
         """Return whether the submission is a repeat, or has left the state that running again or a new plan is for."""
         known = self._state.submissions.get(event.submission)
         if event.again and event.submission in self._state.failed_fast:
             return False
-        if event.again:
-            return known is None or not any(map(is_lapsed, known))
-        if event.replanned:
-            return known is None or not any(event.submission in root.roots for root in known)
-        return known is not None
+        if not (event.again or event.replanned):
+            return known is not None
+        for count, root in enumerate(known or (), 1):
+            if is_lapsed(root) if event.again else event.submission in root.roots:
+                return False
+            if not count % PIECE:
+                yield PAUSE
+        return True
 
     def _take_steps(self, event: e.Wished) -> Generator[f.FactOrPause, None, dict[StepKey, None]]:
         """Learn steps and recipes; return the known steps that gained one."""
@@ -407,13 +417,6 @@ def _done_keys(steps: Sequence[Step]) -> list[StepKey]:
 
 def _engaged_keys(steps: Sequence[Step]) -> list[StepKey]:
     return [step.key for step in steps if step.engaged]
-
-
-def _unseen(keys: Sequence[StepKey], seen: set[StepKey]) -> list[StepKey]:
-    """Return the keys that were not seen before, each once, and note that they were."""
-    new = [key for key in dict.fromkeys(keys) if key not in seen]
-    seen.update(new)
-    return new
 
 
 class _KnownFailures:

@@ -93,7 +93,7 @@ class Farm:
     @property
     def lets_pass(self) -> bool:
         """True if what `may_pass` may be taken in with `passing`, between two calls or at this pause of one."""
-        return self._opening.lets_pass and not self._sweeps
+        return self._opening.lets_pass and not (self._sweeps or self.state.ready.buried)
 
     def may_pass(self, events: Sequence[Event], now: Instant) -> bool:
         """Return whether events tell the ends of builds and that builders are there, and nothing that has failed."""
@@ -124,7 +124,7 @@ class Farm:
         self, decided: Iterable[FactOrPause], now: Instant, facts: list[Fact], effects: list[Effect]
     ) -> Generator[Pause, None, None]:
         state = self.state
-        turned, joined, discarded = state.turned, state.joined, state.ready.discarded
+        turned, joined, discarded, buried = state.turned, state.joined, state.ready.discarded, state.ready.buried
         apply, reaction_to = state.apply, REACTIONS.get
         until_pause = FACTS_PIECE
         for fact in decided:
@@ -134,6 +134,8 @@ class Farm:
             rest = apply(fact)
             if rest is not None:
                 yield from rest
+            if buried:
+                yield from state.ready.pruning()
             facts.append(fact)
             if turned or joined:
                 if joined or len(turned) > PIECE:
@@ -145,7 +147,9 @@ class Farm:
             if reaction is not None:
                 effects.extend(reaction(state, fact))
             if discarded:
+                # That takes as long as many facts.
                 state.ready.shed()
+                until_pause = 1
             until_pause -= 1
             if not until_pause or state.edges_changed >= PIECE:
                 until_pause, state.edges_changed = FACTS_PIECE, 0

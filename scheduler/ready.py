@@ -12,7 +12,8 @@ one of them may, and counts for all. There are as many lanes as stakes, which ar
 costs.
 
 An index of the state and nothing more: it can be made anew from steps and builders. Heaps are pruned where they
-change, so that the top of each is always live and readers only look. Written by `evolve` alone.
+change, so that once a fact is applied (`pruning`) the top of each is live and readers only look. Written by `evolve`
+alone.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class ReadyIndex:
         "_shares",
         "_turn",
         "_weigh",
+        "buried",
         "crowded",
         "delayed",
         "deserted",
@@ -75,6 +77,8 @@ class ReadyIndex:
         self.forsaken: dict[Step, None] = {}
         #: Queues that have lost their last builder: all that stands there is forsaken (taken likewise).
         self.deserted: dict[Queue, None] = {}
+        #: Lanes with much that is stale at the top, with their queues and stakes (taken by `pruning`).
+        self.buried: dict[Lane, tuple[Queue, int]] = {}
         #: Lanes more than half of which may be stale, with their queues (taken by `sweeping`).
         self.crowded: dict[Lane, Queue] = {}
         #: What closed and swept lanes have left; `shed` frees it piece by piece.
@@ -133,7 +137,7 @@ class ReadyIndex:
             top = lane.heap[0]
             # Only what the step itself had left there can be stale.
             if top[2] is step and top is not entry:
-                _prune(queue, stake, lane)
+                self._prune(queue, stake, lane)
             elif moves:
                 self._weigh_lane(queue, lane)
 
@@ -171,10 +175,11 @@ class ReadyIndex:
             if lane is None:
                 continue
             if lane.heap[0][2] is step:
-                _prune(queue, stake, lane)
+                self._prune(queue, stake, lane)
             else:
                 lane.stale += 1
-                if lane.stale > FEW_STALE:
+                # One that is to be pruned may hold nothing else.
+                if lane.stale > FEW_STALE and lane not in self.buried:
                     _skim(queue, lane)
                     self._weigh_lane(queue, lane)
 
@@ -218,6 +223,17 @@ class ReadyIndex:
         queue.close(stake)
         if len(heap) > PIECE:
             self.discarded.append(heap)
+
+    def _prune(self, queue: Queue, stake: int, lane: Lane) -> None:
+        if not _is_pruned(queue, stake, lane, FEW_STALE):
+            self.buried[lane] = queue, stake
+
+    def pruning(self) -> Generator[Pause, None, None]:
+        """Bring to the top of lanes what stands there: after a fact, before anything is decided by them."""
+        for lane, (queue, stake) in self.buried.items():
+            while queue.lanes.get(stake) is lane and not _is_pruned(queue, stake, lane, PIECE):
+                yield PAUSE
+        self.buried.clear()
 
     def _weigh_lane(self, queue: Queue, lane: Lane) -> None:
         if len(lane.heap) > 2 * queue.standing + 2 * FEW_STALE:
@@ -352,12 +368,15 @@ def _skim(queue: Queue, lane: Lane) -> None:
     lane.stale = 0
 
 
-def _prune(queue: Queue, stake: int, lane: Lane) -> None:
-    """Drop what is stale from the top of a lane, and the lane where nothing is left."""
+def _is_pruned(queue: Queue, stake: int, lane: Lane, most: int) -> bool:
+    """Drop what is stale from the top of a lane, and the lane where nothing is left; False if `most` is not all."""
     heap = lane.heap
-    while heap:
+    for _ in range(most):
         rank, _, step = heap[0]
         if step.queue is queue and step.rank == -rank:
-            return
+            return True
         heappop(heap)
-    queue.close(stake)
+        if not heap:
+            queue.close(stake)
+            return True
+    return False

@@ -66,6 +66,8 @@ class FarmState(WantedSteps):
         if rest is not None:
             for _ in rest:
                 pass
+        if self.ready.buried:
+            whole(self.ready.pruning())
         if self.ready.crowded:
             whole(self.ready.sweeping())
             self.ready.discarded.clear()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from itertools import islice
 
 from scheduler import facts as f
 from scheduler.failures import CONSEQUENCES, Course
@@ -24,6 +25,8 @@ _LEASED, _DONE, _FAILED, _DOOMED = StepState.LEASED, StepState.DONE, StepState.F
 #: Seconds over which `Limits.retries_per_hour` counts.
 ALLOWANCE_S = 3600.0
 _OPEN = (StepState.LEASED, StepState.PUBLISHING)
+#: Orphans that are taken from the front of a dictionary at once.
+ORPHANS_AT_ONCE = 8 * PIECE
 
 
 def is_known_failure(step: Step, limits: Limits, now: Instant) -> bool:
@@ -170,9 +173,9 @@ class StepRules:
         """Stop and abandon the steps that no submission wants any more."""
         orphans = self._state.orphans
         while orphans:
-            # All that there are now before those that they bring: to find the first of a dictionary whose front is gone
-            # costs as much as that front.
-            for step in tuple(orphans.values()):
+            # Many at once: to find the first of a dictionary whose front is gone costs as much as that front. Not all
+            # at once: a copy of very many is a long piece.
+            for step in tuple(islice(orphans.values(), ORPHANS_AT_ONCE)):
                 if step.key in orphans:
                     yield from self.stop(step, now, "nobody wants it any more")
                     yield f.StepAbandoned(step.key)
@@ -185,8 +188,12 @@ class StepRules:
         No recipe can that needs what has failed and `stands`.
         """
         pending = deque((step,))
+        looked_at = 0
         while pending:
-            for dependent in tuple(pending.popleft().dependents):
+            looked_at += 1
+            if not looked_at % PIECE:
+                yield PAUSE
+            for dependent in (yield from unique(pending.popleft().dependents)):
                 yield from self.stop(dependent, now, f"{cause} failed")
                 recipe = yield from self._next_recipe(dependent, now, stands)
                 if recipe is None:

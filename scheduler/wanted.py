@@ -143,11 +143,13 @@ class WantedSteps(StepGraph):
         opened = self.open[fact.submission]
         known = self.steps
         roots = yield from picked(fact.roots, lambda piece: [known[key] for key in piece])
-        if not opened.roots.isdisjoint(fact.roots):
-            raise ImpossibleError(f"{fact.submission} grows by a root that it has")
         self.submissions[fact.submission] += roots
-        opened.roots.update(fact.roots)
-        yield PAUSE
+        for start in range(0, len(fact.roots), PIECE):
+            new = fact.roots[start : start + PIECE]
+            if not opened.roots.isdisjoint(new):
+                raise ImpossibleError(f"{fact.submission} grows by a root that it has")
+            opened.roots.update(new)
+            yield PAUSE
         for start in range(0, len(fact.members), PIECE):
             opened.members.update(fact.members[start : start + PIECE])
             yield PAUSE

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from scheduler import facts as f
 from scheduler.events import ResultsHeld, WorksEstimated
 from scheduler.model import NO_INSTANT, StepKey
 from scheduler.pauses import PIECE
+from scheduler.ready import FEW_STALE
 from tests.scheduler.kit import Scene, cancel, join, step, submit
 
 MANY = 3 * PIECE
@@ -58,3 +61,38 @@ def test_the_lane_of_a_submission_that_ends_is_freed_piece_by_piece() -> None:
         scene.play(ResultsHeld((key,)))
     assert ready.discarded == []
     assert entries(scene) == [MANY - 2]
+
+
+def test_what_is_stale_under_a_top_that_leaves_is_dropped_piece_by_piece() -> None:
+    scene = crowd("a")
+    gone = (*reversed(KEYS[1:-1]), KEYS[0])
+    sizes = [MANY]
+    for _ in scene.farm.handling((ResultsHeld(gone),), NO_INSTANT):
+        sizes += entries(scene)
+    sizes += entries(scene)
+    assert sizes[-1] == 1
+    assert max(before - after for before, after in pairwise(sizes)) <= 2 * PIECE
+    facts, _ = scene.play(join("b", 1))
+    assert [fact.lease.step for fact in facts if isinstance(fact, f.StepLeased)] == [KEYS[-1]]
+
+
+def test_a_lane_whose_top_is_stale_within_one_fact_keeps_its_entries_until_they_are_looked_through() -> None:
+    # They leave in this order. The first 33 lie too deep to be dropped at once, the next are the top one after another
+    # until only what left before lies there, and the least urgent are the last.
+    urgency = [*range(100, 166), *range(199, 165, -1), *range(1, FEW_STALE + 2)]
+    keys = KEYS[: len(urgency)]
+    above = [step(key, "base") for key in keys]
+    scene = Scene()
+    scene.play(
+        submit("a", keys, step("base", system="aarch64-linux"), *above, asked_at=0.0),
+        submit("b", ["other"], step("other")),
+    )
+    order = [each.key for each in scene.farm.state.steps[StepKey("base")].dependents]
+    scene.play(WorksEstimated(tuple((key, 1000 * each) for key, each in zip(order, urgency, strict=True))))
+    scene.play(ResultsHeld((StepKey("base"),)))
+    assert sorted(entries(scene)) == [1, len(keys)]
+    scene.now = 10.0
+    facts, _ = scene.play(submit("c", ["base"], step("base", system="aarch64-linux"), asked_at=10.0))
+    assert f.StepLost(StepKey("base")) in facts
+    facts, _ = scene.play(join("b", 4))
+    assert {fact.lease.step for fact in facts if isinstance(fact, f.StepLeased)} == {"other"}

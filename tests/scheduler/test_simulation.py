@@ -67,6 +67,11 @@ def _lose_quietly(self: state.FarmState, fact: f.StepLost) -> None:
     self._begin_life(step)
 
 
+def _none_listed(*_: object) -> Generator[None, None, tuple[model.LeaseId, ...]]:
+    yield from ()
+    return ()
+
+
 def _never(*_: object) -> Generator[None, None, bool]:
     yield from ()
     return False
@@ -92,8 +97,8 @@ MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
     ("a recipe may lead back to its step", step_rules.StepRules, "_leads_back", _never),
     ("silence and back-off never end", decide.Decider, "due", _nothing),
     ("the farm never asks to be woken", decide.Decider, "deadline", lambda _: None),
-    ("lost orders are not said again", builder_rules.BuilderRules, "_missing", _nothing),
-    ("leases without a right are left", builder_rules.BuilderRules, "_unknown", lambda *_: ()),
+    ("lost orders are not said again", builder_rules.BuilderRules, "_missing", _none_listed),
+    ("leases without a right are left", builder_rules.BuilderRules, "_unknown", _none_listed),
     ("a builder takes what it cannot build", model.BuilderSpec, "offers", lambda *_: True),
     ("capacity is not counted", builders.Builders, "_count_slots", _always_room),
     ("a freed slot is not offered", builders.Builders, "free_slot", _drop_slot_count),
