@@ -219,12 +219,17 @@ def scenes(layered: tuple[StepSpec, ...]) -> Iterator[tuple[str, Callable[[], li
     yield "the cache holds all, layers", lambda: Stage(submit(A, layered)).pieces(ResultsHeld(keys))
     yield "the cache holds all, ready", lambda: Stage(submit(A, flat)).pieces(ResultsHeld(flat_keys))
     yield (
+        "the cache holds all but one, the least urgent first",
+        lambda: Stage(submit(A, flat)).pieces(ResultsHeld((*reversed(flat_keys[1:-1]), flat_keys[0]))),
+    )
+    yield (
         "what all others need fails",
         lambda: Stage(submit(A, one), join(0, 4)).pieces(
             BuildFailed(LeaseId(StepKey("base"), 1), BuilderId("builder-0"), Failure(FailureKind.PERMANENT, "it fails"))
         ),
     )
     yield "that again, after it failed", lambda: _again(one)
+    yield "the submission of which that failed runs again", lambda: _again(one, A)
     yield "the cache lost what all others need", lambda: _lost_base(one)
     yield (
         "history of an ended one expires, layers",
@@ -265,10 +270,11 @@ def _fast_and_slow(flat: tuple[StepSpec, ...], works: tuple[tuple[StepKey, int],
     return builds(stage, 500, 16)
 
 
-def _again(one: tuple[StepSpec, ...]) -> list[float]:
+def _again(one: tuple[StepSpec, ...], name: SubmissionId = B) -> list[float]:
     failure = Failure(FailureKind.PERMANENT, "it fails")
     stage = Stage(submit(A, one), join(0, 4), BuildFailed(LeaseId(StepKey("base"), 1), BuilderId("builder-0"), failure))
-    return stage.pieces(submit(B, one))
+    roots = tuple(step.key for step in one[1:])
+    return stage.pieces(SubmissionReceived(name, roots, one, asked_at=NOW, again=name == A))
 
 
 def _lost_base(one: tuple[StepSpec, ...]) -> list[float]:
