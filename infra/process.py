@@ -147,10 +147,19 @@ class ChildProcess:
         """Kill what is left of the process group, close every pipe and wait for the child.
 
         To be called while the child runs or right after its end: the number of an empty group is given out again.
+        A task that is cancelled here once more ends when the child has: nothing else would collect it.
         """
         self.signal(signal.SIGKILL)
         self.close_pipes()
-        await self._process.wait()
+        ended = asyncio.ensure_future(self._process.wait())
+        cancelled: asyncio.CancelledError | None = None
+        while not ended.done():
+            try:
+                await asyncio.shield(ended)
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
 
     def close_pipes(self) -> None:
         """Close our ends of all pipes. Idempotent."""

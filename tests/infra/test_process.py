@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -120,3 +121,13 @@ async def test_a_child_that_is_held_can_be_talked_to_hung_up_on_and_killed() -> 
     child = await ChildProcess.start(["/bin/sh", "-c", "while :; do sleep 1; done"], env=ENV)
     await child.kill()
     assert child.returncode == -9
+
+
+async def test_a_kill_that_is_cancelled_has_waited_for_the_child_all_the_same() -> None:
+    child = await ChildProcess.start(["sleep", "60"], env=ENV)
+    killing = asyncio.create_task(child.kill())
+    await asyncio.sleep(0)
+    killing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await killing
+    assert child.returncode == -signal.SIGKILL
