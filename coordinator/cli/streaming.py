@@ -86,7 +86,7 @@ class StreamedBuild:
         self._sent = SentParts()
         self._progress = Progress()
         self._opened, self._arrived, self._room = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._all_found = self._waited = False
+        self._all_found = self._all_sent = self._waited = False
         #: Begin and sum of the client's stages.
         self._stages: dict[Literal["evaluate", "closure", "upload"], tuple[float, float]] = {}
 
@@ -161,11 +161,13 @@ class StreamedBuild:
             for task in (finding, sending):
                 if task.done():
                     task.result()
+            self._all_sent = True
             require_some(self._inputs, self.evaluation, self.show_messages)
             show_evaluation(self._inputs.name, self.evaluation, self.show_messages, line)
             await self._seal("")
         except asyncio.CancelledError:
-            await self._seal_at_once("its client was interrupted before all was evaluated")
+            # An interruption that comes while the last request is under way takes nothing from what was sent.
+            await self._seal_at_once("" if self._all_sent else "its client was interrupted before all was evaluated")
             raise
         except RefusedError as error:
             if error.reason != ConflictError.code or not self.id:
@@ -330,9 +332,12 @@ class StreamedBuild:
                 return
 
     async def _seal_at_once(self, incomplete: str) -> None:
-        """Seal what is open, if that can be done soon; the farm does it later where it cannot."""
+        """Seal what is open, if that can be done soon; the farm does it later where it cannot.
+
+        `incomplete` says why not all of it was sent, and is empty where all was.
+        """
         if self.is_open:
-            self.cut_short = True
+            self.cut_short = bool(incomplete)
             with suppress(CoordinatorError, OSError, TimeoutError):
                 async with asyncio.timeout(SEAL_S):
                     await self._seal(incomplete)

@@ -8,7 +8,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +25,11 @@ pytestmark = pytest.mark.e2e
 
 
 class Held:
-    """A build whose attribute `late` is not evaluated before `release`."""
+    """A build whose attribute `late` is not evaluated before `release`; `url` is the farm's own where it is empty."""
 
-    def __init__(self, one: FarmUnderFault, directory: Path, more: str = "", *, attrs: tuple[str, ...]) -> None:
+    def __init__(
+        self, one: FarmUnderFault, directory: Path, more: str = "", *, attrs: tuple[str, ...], url: str = ""
+    ) -> None:
         self.one = one
         self.fifo = directory / "gate"
         os.mkfifo(self.fifo)
@@ -39,7 +45,11 @@ class Held:
         command = one.farm.build_command(file, *words, "--eval-workers", "2", "--no-eval-cache", "--json")
         self.known = {view["id"] for view in one.farm.api("submissions")}
         self.client = subprocess.Popen(
-            command, env=one.farm.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            env=one.farm.environment | ({"DROVER_URL": url} if url else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     def release(self) -> None:
@@ -114,6 +124,58 @@ def test_a_client_interrupted_while_it_evaluates_leaves_what_it_found(one: FarmU
     watched = one.farm.drover("watch", name)
     assert watched.returncode == exit_status.EVALUATION_FAILED
     assert "incomplete" in watched.stdout
+
+
+@contextmanager
+def keeping_the_first_seal(port: int) -> Iterator[tuple[str, threading.Event]]:
+    """Relay in front of a coordinator that keeps the first request to seal: its address, and a sign that it has it."""
+    kept = threading.Event()
+    threads: list[threading.Thread] = []
+
+    def start(work: Callable[..., None], *arguments: Any) -> None:
+        threads.append(threading.Thread(target=work, args=arguments))
+        threads[-1].start()
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if b"/seal HTTP/" in data and not kept.is_set():
+                    kept.set()
+                else:
+                    target.sendall(data)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                near, far = sockets.enter_context(listener.accept()[0]), socket.create_connection(("127.0.0.1", port))
+                sockets.enter_context(far)
+                start(pump, near, far)
+                start(pump, far, near)
+
+    with ExitStack() as sockets, socket.create_server(("127.0.0.1", 0)) as listener:
+        start(serve)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", kept
+        # A listener that is only closed leaves the thread that accepts waiting.
+        listener.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join()
+
+
+def test_a_client_interrupted_once_all_is_sent_leaves_a_whole_submission(one: FarmUnderFault, tmp_path: Path) -> None:
+    with keeping_the_first_seal(one.farm.port) as (url, kept):
+        held = Held(one, tmp_path, attrs=("early",), url=url)
+        assert kept.wait(PATIENCE_S)
+        held.client.send_signal(signal.SIGINT)
+        status, _, err = held.ended()
+    [opened] = held.opened()
+    assert status == exit_status.INTERRUPTED
+    assert f"interrupted; the build goes on. Watch it again: drover watch {opened['id']}" in err
+    view = one.ended(opened["id"])
+    assert (view["open"], view["state"], view["incomplete"]) == (False, "succeeded", "")
+    assert one.farm.drover("watch", opened["id"]).returncode == exit_status.OK
 
 
 def test_a_client_interrupted_before_it_found_anything_leaves_nothing(one: FarmUnderFault, tmp_path: Path) -> None:
