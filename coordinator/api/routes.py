@@ -224,9 +224,9 @@ RETRY_STEP: Final = Route(
     f"{_V1}/steps/{{key}}/retry",
     Right.API,
     answer=models.RetryView,
-    errors=(*_NAMED, *_GRAPH),
+    errors=(*_OWNED, *_NAMED, *_GRAPH),
     repeats=True,
-    summary="Build a failed step again, for every submission that it made fail.",
+    summary="Build a failed step again, for the submissions of the client's owner that it made fail (the farm: all).",
 )
 LOG: Final = Route[None](
     "GET",

@@ -16,7 +16,7 @@ from coordinator.api.models import StepStatus, SubmissionState
 from coordinator.api.requests import RootLimits, RootRequest, SubmitRequest
 from coordinator.defaults import OPERATOR
 from coordinator.engine.engine import Engine
-from coordinator.errors import BadRequestError, ConflictError, IntakeError
+from coordinator.errors import BadRequestError, ConflictError, ForbiddenError, IntakeError
 from coordinator.intake.client_meter import ClientMeter, placed
 from coordinator.intake.graph import Planned
 from coordinator.intake.idempotency import IdempotencyKeys, wish_digest
@@ -136,17 +136,26 @@ class Submissions:
             del planned, wish
             await free_in_slices(objects)
 
-    async def retry_step(self, text: str) -> tuple[StepRow, list[SubmissionRow]]:
-        """Build a failed step again, for every submission that it made fail, which run again; returns both.
+    async def retry_step(
+        self, text: str, may_change: Callable[[str], bool] = lambda _: True
+    ) -> tuple[StepRow, list[SubmissionRow]]:
+        """Build a failed step again, for the submissions that it made fail, which run again; returns both.
 
-        For a doomed step it is the step that doomed it. Raises `NotFoundError` as `Views.step`.
+        For a doomed step it is the step that doomed it. Only submissions of owners that `may_change` accepts run again.
+        Raises `NotFoundError` as `Views.step`, and `ForbiddenError` where it made only submissions of others fail.
         """
         step = self._views.step(text)
         if step.state is StepStatus.DOOMED:
             step = self._views.step(step.life.cause)
         if step.state is not StepStatus.FAILED:
             return step, []
-        submissions = self._views.failed_through(step)[:RUN_AGAIN_AT_ONCE]
+        failed = self._views.failed_through(step)
+        submissions = [row for row in failed if may_change(self._views.note(row.id).origin.owner)][:RUN_AGAIN_AT_ONCE]
+        if failed and not submissions:
+            raise ForbiddenError(
+                f"step {step.key} made only submissions of others fail; submit what needs it with "
+                "`drover build --retry` to have it built again."
+            )
         for row in submissions:
             await self._run_again(row, retry=(step.key,))
         if step.state is StepStatus.FAILED:

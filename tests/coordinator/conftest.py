@@ -17,7 +17,7 @@ from coordinator.api.requests import ClientStage, IntakeQuery, RootRequest, Subm
 from coordinator.api.streams import encode_derivations, in_thread
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import LocalStore, describe_sources, read_closure
-from coordinator.config import LimitSettings, Settings
+from coordinator.config import LimitSettings, OwnerSettings, Settings
 from coordinator.evaluation.inputs import Inputs, evaluation_of
 from coordinator.evaluation.pool import PoolLimits
 from coordinator.main import Coordinator, FleetFactory, open_coordinator
@@ -166,11 +166,14 @@ def open_farm(tmp_path: Path, settings: Settings) -> OpenFarm:
 
     @asynccontextmanager
     async def start(
-        *names: str, fleet: FleetFactory | None = None, clock: Clock | None = None
+        *names: str,
+        fleet: FleetFactory | None = None,
+        clock: Clock | None = None,
+        owners: tuple[OwnerSettings, ...] = (),
     ) -> AsyncIterator[OpenedFarm]:
         factory = fleet or nix_workers(tmp_path / "workers", names)
         async with (
-            open_coordinator(settings, factory, clock=clock) as coordinator,
+            open_coordinator(settings.model_copy(update={"owners": owners}), factory, clock=clock) as coordinator,
             ApiClient(coordinator.ready.url, coordinator.ready.token_file.read_text().strip()) as client,
         ):
             yield OpenedFarm(coordinator, client, tmp_path, settings)

@@ -15,12 +15,12 @@ import aiohttp
 import pytest
 
 from coordinator.api.models import Counts, Ended, Snapshot, StepChanged, StepStatus, SubmissionState
-from coordinator.api.requests import PinRequest, SubmitRequest
+from coordinator.api.requests import PinRequest, RootRequest, SubmitRequest
 from coordinator.api.route import Right, Route
 from coordinator.cli import exit_status
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import RefusedError, UnreachableError
-from coordinator.config import Settings
+from coordinator.config import OwnerSettings, Settings
 from coordinator.main import open_coordinator
 from coordinator.state_lock import StateDirBusyError
 from coordinator.stores.logs import LogStore
@@ -186,6 +186,27 @@ async def test_a_known_failure_is_reported_at_once_and_a_retry_builds_it_and_wha
         assert (await farm.client.step(bad.key)).attempt > third
         healthy = await farm.client.retry((await farm.ended((await farm.submit(text, "other")).id)).id)
         assert healthy.state is SubmissionState.SUCCEEDED
+
+
+async def test_an_owner_retries_a_step_for_its_own_submissions_alone(open_farm: OpenFarm, tmp_path: Path) -> None:
+    token = tmp_path / "people"
+    token.write_text("p" * 32)
+    token.chmod(0o600)
+    text = 'rec { bad = run "bad" "echo no; exit 3"; }'
+    async with (
+        open_farm("one", owners=(OwnerSettings(name="people", tokens=(str(token),)),)) as farm,
+        ApiClient(farm.coordinator.ready.url, token.read_text()) as people,
+    ):
+        ours = await farm.ended((await farm.submit(text, "bad")).id)
+        with pytest.raises(RefusedError, match="drover build --retry") as refused:
+            await people.retry_step("bad")
+        assert refused.value.reason == "forbidden"
+        (root,) = ours.roots
+        theirs = await people.submit(SubmitRequest(roots=(RootRequest(attr="bad", drv=root.drv),)))
+        assert (await farm.ended(theirs.id)).state is SubmissionState.FAILED
+        assert (await people.retry_step("bad")).submissions == (theirs.id,)
+        await farm.ended(theirs.id)
+        assert set((await farm.client.retry_step("bad")).submissions) == {ours.id, theirs.id}
 
 
 async def test_a_watcher_sees_every_step_and_then_the_end(open_farm: OpenFarm) -> None:

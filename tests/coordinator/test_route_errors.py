@@ -267,6 +267,7 @@ async def what_is_another_owner_s(asker: Asker, monkeypatch: pytest.MonkeyPatch)
     for method, route, error in (
         ("cancel", routes.CANCEL, ForbiddenError("x")),
         ("retry", routes.RETRY, ForbiddenError("x")),
+        ("retry_step", routes.RETRY_STEP, ForbiddenError("x")),
         ("submit", routes.SUBMIT, ConflictError("x")),
     ):
         with monkeypatch.context() as patched:

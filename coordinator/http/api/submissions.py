@@ -160,7 +160,7 @@ class Api:
 
     async def retry_step(self, request: web.Request) -> web.Response:
         """Build a failed step again."""
-        step, submissions = await self._submissions.retry_step(request.match_info["key"])
+        step, submissions = await self._submissions.retry_step(request.match_info["key"], request[CLIENT].may_change)
         names = tuple(row.id for row in submissions)
         return answer(RetryView(step=self._views.step_view(step), submissions=names))
 
