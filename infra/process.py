@@ -9,10 +9,12 @@ import asyncio
 import fcntl
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, TypeVar
+
+_T = TypeVar("_T")
 
 #: Most bytes that wait between a pipe and its reader; twice as many at the moment of arrival.
 PIPE_BUFFER_BYTES: Final = 256 * 1024
@@ -80,6 +82,8 @@ class ChildProcess:
     ) -> "ChildProcess":
         """Start a program in a session, and so a process group, of its own.
 
+        A task that is cancelled here ends when the child has, however often it is cancelled.
+
         Args:
             argv: Program (looked up on the PATH of `env`) and arguments; never a shell line.
             env: The whole environment of the child; nothing is inherited.
@@ -102,20 +106,25 @@ class ChildProcess:
             theirs.callback(os.close, child_err)
             stderr = await _open_read_end(our_err)
             undo.callback(stderr.transport.close)
+            starting = asyncio.create_subprocess_exec(
+                *argv,
+                stdin=child_in,
+                stdout=child_out,
+                stderr=child_err,
+                env=env,
+                cwd=cwd,
+                start_new_session=True,
+            )
             try:
-                process = await asyncio.create_subprocess_exec(
-                    *argv,
-                    stdin=child_in,
-                    stdout=child_out,
-                    stderr=child_err,
-                    env=env,
-                    cwd=cwd,
-                    start_new_session=True,
-                )
+                process, cancelled = await _to_its_end(starting)
             except (OSError, ValueError) as error:
                 raise ProcessNotFound(f"{argv[0]} cannot be started: {error}") from error
             undo.pop_all()
-            return cls(process, stdin, stdout, stderr)
+        child = cls(process, stdin, stdout, stderr)
+        if cancelled is not None:
+            await child.kill()
+            raise cancelled
+        return child
 
     @property
     def pid(self) -> int:
@@ -151,13 +160,7 @@ class ChildProcess:
         """
         self.signal(signal.SIGKILL)
         self.close_pipes()
-        ended = asyncio.ensure_future(self._process.wait())
-        cancelled: asyncio.CancelledError | None = None
-        while not ended.done():
-            try:
-                await asyncio.shield(ended)
-            except asyncio.CancelledError as error:
-                cancelled = error
+        _, cancelled = await _to_its_end(self._process.wait())
         if cancelled is not None:
             raise cancelled
 
@@ -174,6 +177,23 @@ class _ReadEnd:
 
     reader: asyncio.StreamReader
     transport: asyncio.ReadTransport
+
+
+async def _to_its_end(work: Coroutine[Any, Any, _T]) -> tuple[_T, asyncio.CancelledError | None]:
+    """Wait for work that must not be left in the middle; returns its result, and the last cancellation meanwhile.
+
+    Raises what the work raises, or the cancellation where there was one.
+    """
+    task = asyncio.create_task(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None and task.exception() is not None:
+        raise cancelled
+    return task.result(), cancelled
 
 
 def _widen(descriptor: int) -> None:

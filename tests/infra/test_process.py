@@ -131,3 +131,33 @@ async def test_a_kill_that_is_cancelled_has_waited_for_the_child_all_the_same() 
     with pytest.raises(asyncio.CancelledError):
         await killing
     assert child.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("turns", range(12))
+async def test_a_start_that_is_cancelled_again_and_again_leaves_no_child(turns: int) -> None:
+    before = children()
+    starting = asyncio.create_task(ChildProcess.start(["sleep", "60"], env=ENV))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    cancelled = starting.cancel()
+    while not starting.done():
+        await asyncio.sleep(0)
+        starting.cancel()
+    if cancelled:
+        assert starting.cancelled()
+        assert children() <= before
+    else:
+        await starting.result().kill()
+
+
+async def test_a_start_that_fails_while_it_is_cancelled_is_cancelled() -> None:
+    starting = asyncio.create_task(ChildProcess.start(["no-such-program"], env=ENV))
+    await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+
+
+def children() -> set[str]:
+    """Return the numbers of this process's children that were not collected."""
+    return {pid for each in Path("/proc/self/task").glob("*/children") for pid in each.read_text().split()}
