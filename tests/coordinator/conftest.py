@@ -24,13 +24,11 @@ from coordinator.main import Coordinator, FleetFactory, open_coordinator
 from infra.clock import Clock
 from infra.nix.store_path import base_name_of
 from tests.support.local_fleet import InProcessFleet
+from tests.support.patience import PATIENCE_S
 from workers.agent.agent import Agent
 from workers.agent.settings import WorkerSettings
 from workers.wire.fleet import Fleet
 from workers.wire.messages import FarmInfo
-
-#: Only ends a test that hangs.
-PATIENCE_S = 60.0
 
 PRELUDE = """
 let

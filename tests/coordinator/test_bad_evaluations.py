@@ -12,6 +12,7 @@ from coordinator.evaluation.errors import EvaluationError
 from infra.process import run
 from infra.process_tree import live_processes
 from tests.coordinator.test_evaluation import evaluated
+from tests.support.patience import PATIENCE_S
 
 MAKE = (
     'let make = name: more: derivation ({ inherit name; system = "x86_64-linux"; builder = "/bin/sh"; } // more); in '
@@ -99,7 +100,7 @@ async def test_a_flake_without_the_output_and_one_with_changes_say_so(flags: tup
     drv = 'derivation { name = "a"; system = "s"; builder = "b"; }'
     (tmp_path / "flake.nix").write_text(f"{{ outputs = {{ self }}: {{ packages.x86_64-linux.a = {drv}; }}; }}")
     for words in (["init", "-q"], ["add", "flake.nix"]):
-        await run(["git", "-C", str(tmp_path), *words], env=os.environ, timeout_s=60, max_output_bytes=1 << 16)
+        await run(["git", "-C", str(tmp_path), *words], env=os.environ, timeout_s=PATIENCE_S, max_output_bytes=1 << 16)
     messages: list[str] = []
     with pytest.raises(EvaluationError, match=r"attribute 'checks' in selection path .* not found; check the names"):
         await evaluated(f"{tmp_path}#", flags=flags, systems=["x86_64-linux"], messages=messages)

@@ -30,6 +30,7 @@ from coordinator.security.tokens import CacheAccess
 from infra.nix import narinfo
 from tests.support.cache import STORE_DIR, base_name, open_cache, secret_key, store_path, uploaded_claim
 from tests.support.farm import nix_store
+from tests.support.patience import PATIENCE_S
 from tests.support.ports import free_port
 from tests.support.served import served
 from tests.support.small_cache import SmallCache, nar_of
@@ -48,7 +49,7 @@ async def proxied(settings: ProxySettings, *upstreams: str) -> AsyncIterator[aio
     """Run a proxy; gives a client whose addresses are the proxy's."""
     async with (
         running(replace(settings, upstreams=upstreams)) as url,
-        aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=20)) as client,
+        aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=PATIENCE_S)) as client,
     ):
         yield client
 
@@ -216,7 +217,7 @@ def command(directory: Path, *upstreams: str) -> Iterator[tuple[subprocess.Popen
 
 def until_written(directory: Path, count: int) -> None:
     """Wait for small files, which are written a little after they are served."""
-    give_up_at = time.monotonic() + 20
+    give_up_at = time.monotonic() + PATIENCE_S
     while sum(file.stat().st_size > 0 for file in directory.iterdir()) < count:
         assert time.monotonic() < give_up_at
         time.sleep(0.01)
@@ -401,7 +402,7 @@ async def test_nars_are_fetched_ahead_of_nix_within_a_bound_once_it_comes_for_th
         assert cache.asked["GET nar"] == 0
         for at in range(3):
             assert (await get(client, f"/{infos[at].stored.url}"))[0] == 200
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             for _ in range(6):
                 await came.acquire()
         # Those whose narinfos were asked for, references first, and no others.

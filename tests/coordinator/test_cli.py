@@ -24,6 +24,7 @@ from coordinator.cli.sections import EXAMPLES, SECTIONS
 from coordinator.client.errors import RefusedError
 from coordinator.errors import CoordinatorError
 from infra.cache.uploads.errors import UploadError
+from tests.support.patience import PATIENCE_S
 
 
 def drover(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -91,7 +92,7 @@ def test_a_coordinator_that_is_down_ends_with_4_and_says_how_to_start_one(comman
 def test_the_program_ends_with_the_status_and_one_sentence(nobody: str) -> None:
     program = [sys.executable, "-W", "error", "-c", "from coordinator.cli import main; main()", "workers"]
     env = {**os.environ, "DROVER_URL": nobody}
-    done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert (done.returncode, done.stdout) == (exit_status.INFRASTRUCTURE, "")
     assert len(done.stderr.splitlines()) == 1
 
@@ -123,7 +124,9 @@ def test_help_is_there_for_every_command_without_importing_what_is_slow() -> Non
         "for each in words: assert cli.run([*each, '--help']) == 0, each\n"
         "slow = {'ray', 'aiohttp', 'sqlalchemy', 'rich', 'pydantic'} & set(sys.modules); assert not slow, slow\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert {"up", "worker", "build", "watch", "status", "cancel", "log", "workers", "cache"} <= set(cli.cli.commands)
 

@@ -19,6 +19,7 @@ from coordinator.http.connections import ConnectionBounds, ConnectionGate, requi
 from coordinator.http.middleware import require_token
 from coordinator.http.routing import serve as serve_routes
 from coordinator.security.clients import ClientTokens
+from tests.support.patience import PATIENCE_S
 
 TOKEN = "t" * 20
 #: More than the sockets of both sides hold.
@@ -161,7 +162,7 @@ async def test_a_client_that_does_not_read_its_answer_is_given_up(monkeypatch: p
     monkeypatch.setattr(connections, "UNREAD_S", 0.2)
     async with serve(ConnectionBounds(8, 8)) as site:
         client = await site.connect("/large")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             while not site.gate.silent:  # noqa: ASYNC110 - what is waited for happens at the other end
                 await asyncio.sleep(0.02)
         assert len(site.gate) == 0

@@ -17,6 +17,7 @@ from scheduler.events import Event
 from scheduler.model import BuilderId, LeaseId, StepKey
 from scheduler.resource_limits import ResourceLimits
 from tests.support.cache import open_cache
+from tests.support.patience import PATIENCE_S
 from workers.wire.fleet import Sink
 from workers.wire.messages import Lease, LeaseOrder, Output
 
@@ -76,7 +77,7 @@ class Desk:
             await self._derivations.add_members([(StepKey(step), index, drv)])
 
     async def sent(self, orders: int) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             while sum(len(attempts) for _, attempts, _ in self.fleet.calls) < orders:
                 await self.fleet.called.wait()
                 self.fleet.called.clear()

@@ -18,6 +18,7 @@ from coordinator.doctor.checks import Diagnosis, diagnoses, in_force, is_trusted
 from coordinator.doctor.facts import CacheFacts, MachineFacts, Netrc, NixSettings, Plan
 from coordinator.doctor.gather import gather
 from infra.process import run
+from tests.support.patience import PATIENCE_S
 from tests.support.served import served
 from tests.support.wishes import catalog_entry, flox_lock, store_path
 
@@ -68,7 +69,7 @@ async def test_the_line_that_mends_a_finding_does_mend_it(machine: dict[str, str
             # As root: into the machine's file, which is another one here.
             command = each.mend.replace("/etc/nix/nix.conf", machine["NIX_CONF_DIR"] + "/nix.conf")
             command = command.replace("~", machine["HOME"])
-            done = await run(["/bin/sh", "-c", command], env=machine, timeout_s=10, max_output_bytes=10_000)
+            done = await run(["/bin/sh", "-c", command], env=machine, timeout_s=PATIENCE_S, max_output_bytes=10_000)
             assert done.returncode == 0, done.stderr
         after = await examined(machine, url, keys=(KEY,))
         assert [each.level for each in (*after[url], *after["keys"])] == ["fine", "fine"]
@@ -153,7 +154,7 @@ async def test_what_nix_believes_that_a_cache_lacks_is_advice(machine: dict[str,
         conf(machine, f"substituters = {url}", "narinfo-cache-negative-ttl = 3600")
         assert [each.level for each in (await examined(machine))[url]] == ["fine"]
         paths = [f"/nix/store/{letter * 32}-x" for letter in "ab"]
-        fetched = await run(["nix-store", "-r", *paths], env=machine, timeout_s=60, max_output_bytes=100_000)
+        fetched = await run(["nix-store", "-r", *paths], env=machine, timeout_s=PATIENCE_S, max_output_bytes=100_000)
         assert fetched.returncode != 0
         [advice, _] = (await examined(machine))[url]
         assert (advice.level, "lacks 2 paths" in advice.sentence) == ("advice", True)
@@ -267,6 +268,6 @@ def test_lines_show_no_controls_of_what_others_wrote() -> None:
 
 def test_the_command_ends_with_1_where_there_is_a_problem(machine: dict[str, str]) -> None:
     command = [str(Path(sys.executable).with_name("drover")), "doctor", "--no-plan", "http://127.0.0.1:1/cache"]
-    done = subprocess.run(command, env=machine, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=machine, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 1, done.stderr
     assert "http://127.0.0.1:1/cache: it cannot be reached: connection refused" in done.stdout

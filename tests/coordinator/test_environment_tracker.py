@@ -23,10 +23,9 @@ from infra.cache.catalog.database import FencingToken
 from infra.clock import SystemClock
 from infra.objects.errors import CacheError
 from tests.support.cache import open_cache, store_path
+from tests.support.patience import PATIENCE_S
 
 LINUX = "x86_64-linux"
-#: Only ends a test that hangs.
-PATIENCE_S = 60.0
 PUSHED = TrackedSource(SourceKind.PUSH)
 FILE = TrackedSource(SourceKind.FILE, "/list")
 CONTENT = WishList(

@@ -32,10 +32,9 @@ from infra.nix.store_path import base_name_of
 from tests.coordinator.conftest import OpenFarm
 from tests.support.cache import publish, store_path
 from tests.support.local_fleet import no_workers
+from tests.support.patience import PATIENCE_S
 
 LINUX, MAC = "x86_64-linux", "aarch64-darwin"
-#: Only ends a test that hangs.
-PATIENCE_S = 60.0
 
 _T = TypeVar("_T")
 

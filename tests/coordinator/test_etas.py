@@ -23,8 +23,9 @@ from coordinator.stores.timings import TimingsError
 from infra.clock import SystemClock
 from scheduler.model import SubmissionId
 from scheduler.pauses import Pause, whole
-from tests.coordinator.conftest import PATIENCE_S, OpenedFarm, OpenFarm
+from tests.coordinator.conftest import OpenedFarm, OpenFarm
 from tests.coordinator.test_views import DrivenViews, spec, submission
+from tests.support.patience import PATIENCE_S
 from tests.support.screens import NOW
 
 CHAIN = """

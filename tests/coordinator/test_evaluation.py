@@ -27,6 +27,7 @@ from infra.nar_files import dump
 from infra.nix.ca import verify_source
 from infra.nix.store_path import StoreDir
 from infra.process import run
+from tests.support.patience import PATIENCE_S
 from tests.support.sources import hashes_of
 
 #: Two evaluators, whatever this machine has.
@@ -285,7 +286,7 @@ async def test_the_roots_of_a_file_are_those_of_nix_instantiate(flags: tuple[str
         words = [word for attr in attrs for word in ("-A", attr)]
         plain = await run(
             ["nix-instantiate", str(file), *words, *flags, *more],
-            env=os.environ, timeout_s=60, max_output_bytes=1 << 20,
+            env=os.environ, timeout_s=PATIENCE_S, max_output_bytes=1 << 20,
         )  # fmt: skip
         assert plain.returncode == 0, plain.stderr
         found = (await evaluated(str(file), attrs, flags=(*flags, *more))).wanted

@@ -24,9 +24,10 @@ from coordinator.config import OwnerSettings, Settings
 from coordinator.main import open_coordinator
 from coordinator.state_lock import StateDirBusyError
 from coordinator.stores.logs import LogStore
-from tests.coordinator.conftest import PATIENCE_S, PRELUDE, OpenedFarm, OpenFarm, nix_workers
+from tests.coordinator.conftest import PRELUDE, OpenedFarm, OpenFarm, nix_workers
 from tests.coordinator.test_cli import drover
 from tests.support.local_fleet import InProcessFleet
+from tests.support.patience import PATIENCE_S
 from workers.wire import polling
 from workers.wire.fleet import Fleet, FleetEvent, Sink, WorkerConnected
 from workers.wire.messages import FarmInfo

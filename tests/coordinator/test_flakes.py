@@ -45,9 +45,10 @@ from coordinator.stores.worker_counts import WorkerCounts, worker_counts
 from infra.clock import SystemClock
 from infra.database import open_engine
 from scheduler.model import StepKey
-from tests.coordinator.conftest import PATIENCE_S, OpenFarm
+from tests.coordinator.conftest import OpenFarm
 from tests.coordinator.test_timings import opened
 from tests.coordinator.test_web import browser_of
+from tests.support.patience import PATIENCE_S
 
 Row = tuple[str, str, str, str, float]
 

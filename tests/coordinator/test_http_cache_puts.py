@@ -37,6 +37,7 @@ from infra.objects.compression import nar_key
 from infra.objects.hashed_put import QUICK_OBJECT_BYTES
 from tests.support.cache import base_name, lying, open_cache, secret_key, store_path
 from tests.support.disks import fill, small_disk
+from tests.support.patience import PATIENCE_S
 
 WRITER = "a-writer-token-of-enough-length"
 BASIC = "Basic " + base64.b64encode(f"ci:{WRITER}".encode()).decode()
@@ -407,7 +408,7 @@ async def nix(*argv: str, home: Path, store: Path) -> tuple[int, str, str]:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    out, err = await asyncio.wait_for(process.communicate(), 60)
+    out, err = await asyncio.wait_for(process.communicate(), PATIENCE_S)
     assert process.returncode is not None
     return process.returncode, out.decode().strip(), err.decode()
 

@@ -26,6 +26,7 @@ from coordinator.http.middleware import is_own_host, require_host
 from coordinator.security.tokens import CacheAccess, TokenSet
 from infra.cache.cache import Cache
 from tests.support.cache import base_name, object_file, open_cache, publish, store_path, uploaded_claim
+from tests.support.patience import PATIENCE_S
 
 A, B = store_path("a"), store_path("b")
 PUBLIC = "http://farm.example:7878"
@@ -105,7 +106,7 @@ async def talk(port: int, pieces: Sequence[bytes]) -> bytes:
             await writer.drain()
             await asyncio.sleep(0)
         writer.write(b"GET /cache/nix-cache-info HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        answer = await asyncio.wait_for(reader.read(), 20)
+        answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
     except ConnectionError:
         answer = b"reset"
     finally:

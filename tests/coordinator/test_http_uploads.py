@@ -34,6 +34,7 @@ from infra.upload.protocol import (
     SentOffset,
 )
 from tests.support.cache import STORE_DIR, chunked
+from tests.support.patience import PATIENCE_S
 from tests.support.proxy import Fault, FaultyProxy
 from tests.support.servers import S3Place, S3Server
 from tests.support.uploads import LARGE, Site, opened, opener, settings_of, thing
@@ -102,7 +103,7 @@ async def test_other_bits_for_a_published_path_are_a_conflict_and_the_first_stay
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - what is waited for is another program's doing
             await asyncio.sleep(0.01)
 

@@ -25,7 +25,8 @@ from coordinator.evaluation.source import NixValue
 from infra.daemon import DaemonGone, open_socket
 from infra.daemon.channel import Channel
 from infra.daemon.wire import CLIENT_MAGIC, SERVER_MAGIC, Encoder, Inbox, Last, Message, Refusal
-from tests.coordinator.conftest import PATIENCE_S, PRELUDE, OpenedFarm, OpenFarm
+from tests.coordinator.conftest import PRELUDE, OpenedFarm, OpenFarm
+from tests.support.patience import PATIENCE_S
 
 FILE = (
     PRELUDE

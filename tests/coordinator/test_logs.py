@@ -16,6 +16,7 @@ from coordinator.errors import NotFoundError
 from coordinator.stores.log_archive import LogArchive
 from coordinator.stores.logs import OPEN_FILES, LogError, LogStore
 from infra.objects.store import LocalObjectStore
+from tests.support.patience import PATIENCE_S
 from workers.wire.messages import LogChunk
 
 
@@ -80,7 +81,7 @@ async def test_a_follower_gets_what_comes_and_the_end(logs: LogStore) -> None:
         async for part in logs.read("abc", 1, lambda: running):
             parts.append(part)  # noqa: PERF401 - what came so far is looked at while it comes
 
-    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as group:
         group.create_task(follow())
         await asyncio.sleep(0)
         for expected in (b"one", b"two"):

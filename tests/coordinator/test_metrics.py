@@ -20,6 +20,7 @@ from coordinator.api.requests import ClientStage
 from coordinator.observability.metric_table import LOOP_STALL, METRICS
 from tests.coordinator.conftest import OpenFarm
 from tests.coordinator.test_farm import DIAMOND
+from tests.support.patience import PATIENCE_S
 from tests.support.ports import free_port
 from workers.agent.vitals import read_vitals
 
@@ -186,7 +187,7 @@ async def prometheus(web: aiohttp.ClientSession, directory: Path, farm_url: str)
 
 async def poll(question: Callable[[], Awaitable[object]]) -> None:
     """Ask again and again, for a minute, until the answer is true."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while not await question():  # noqa: ASYNC110 - what is waited for is another program's doing
             await asyncio.sleep(0.05)
 

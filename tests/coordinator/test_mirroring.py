@@ -25,9 +25,9 @@ from infra.nix import narinfo as narinfo_format
 from infra.nix.store_path import hash_part_of
 from infra.objects.errors import StoreFullError
 from infra.objects.store import LocalObjectStore
-from tests.coordinator.conftest import PATIENCE_S
 from tests.support.cache import STORE_DIR, open_cache, publish, store_path
 from tests.support.local_fleet import no_workers
+from tests.support.patience import PATIENCE_S
 from tests.support.upstreams import UPSTREAM_KEY, Lie, LyingUpstream, lying_upstream
 
 #: Ten paths; each but the first refers to the one before it in its pair.

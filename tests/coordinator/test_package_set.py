@@ -7,12 +7,13 @@ import subprocess
 from pathlib import Path
 
 from tests.support.package_set import DATA, ROOT, SYSTEMS, PackageSet
+from tests.support.patience import PATIENCE_S
 
 
 def derivations(packages: PackageSet, store: Path, system: str) -> dict[str, str]:
     """Return package -> derivation; the names of the set are unique."""
     command = ["nix-instantiate", str(packages.file), "--store", str(store), "--argstr", "system", system]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr
     return {path.partition("-")[2].rpartition("-")[0]: path for path in done.stdout.split()}
 

@@ -27,6 +27,7 @@ from coordinator.wishes.reading import WishReading, read_wishes
 from infra.nix.store_path import StoreDir
 from tests.coordinator.test_intake_upstreams import BUILT, KEY, Elsewhere, elsewhere
 from tests.support.farm import BIN
+from tests.support.patience import PATIENCE_S
 from tests.support.wishes import catalog_entry, flox_lock, store_path
 
 from .conftest import PRELUDE, OpenedFarm, OpenFarm
@@ -112,7 +113,7 @@ async def shown(farm: OpenedFarm, lock: bytes) -> tuple[list[str], str]:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         out, errors = await child.communicate()
     assert child.returncode == 0, errors.decode()
     return out.decode().splitlines(), await asyncio.to_thread(page.read_text)

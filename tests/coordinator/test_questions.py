@@ -41,8 +41,9 @@ from coordinator.readmodel.estimate import Expected
 from coordinator.readmodel.usual_times import WAITING, UsualTimes
 from coordinator.stores.timings import AttemptTiming, TimingsError, TimingStore
 from infra.clock import SystemClock
-from tests.coordinator.conftest import PATIENCE_S, OpenFarm
+from tests.coordinator.conftest import OpenFarm
 from tests.coordinator.test_cli import drover
+from tests.support.patience import PATIENCE_S
 from tests.support.screens import NOW
 
 CHAIN = """
@@ -297,7 +298,12 @@ def test_completion_is_silent_where_no_farm_answers_and_imports_nothing_slow() -
         "COMP_CWORD": "4",
     }
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
     )
     assert (done.stdout.strip(), done.stderr, done.returncode) == ("", "", 0)
 
@@ -305,7 +311,7 @@ def test_completion_is_silent_where_no_farm_answers_and_imports_nothing_slow() -
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_each_shell_gets_its_script(shell: str) -> None:
     program = [sys.executable, "-c", "from coordinator.cli import main; main()", "completion", shell]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(program, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     assert f"{shell}_complete" in done.stdout
 
 

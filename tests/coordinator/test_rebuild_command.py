@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.support.farm import BIN
 from tests.support.package_set import ROOT, PackageSet
+from tests.support.patience import PATIENCE_S
 
 from .conftest import PRELUDE, OpenedFarm, OpenFarm
 
@@ -51,13 +52,13 @@ async def test_a_rebuild_that_is_interrupted_names_the_builds_that_go_on(open_fa
         child = await started(farm, "--base-file", files[0], "--head-file", files[1])
         assert child.stderr is not None
         said, both = "", 0
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             while both < 2:
                 line = (await child.stderr.readline()).decode()
                 assert line, said
                 said, both = said + line, both + line.startswith("submitted ")
         child.send_signal(signal.SIGINT)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             _, errors = await child.communicate()
         assert child.returncode == 130
         head, base = [view.id for view in await farm.client.submissions()]
@@ -77,7 +78,7 @@ async def foreseen(farm: OpenedFarm, *arguments: str | Path) -> dict[str, Any]:
 async def rebuilt(farm: OpenedFarm, *arguments: str | Path) -> tuple[int | None, dict[str, Any], str]:
     """Run the command; returns its status, its report and what it says."""
     child = await started(farm, *arguments)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         out, errors = await child.communicate()
     found: dict[str, Any] = json.loads(out.splitlines()[-1]) if out else {}
     return child.returncode, found, errors.decode()

@@ -58,6 +58,7 @@ from infra.upload.protocol import PathClaim
 from scheduler.model import LeaseId, StepKey
 from tests.coordinator.test_http_cache_puts import upload_of
 from tests.coordinator.test_web import CSRF
+from tests.support import patience
 from tests.support.cache import base_name, publish, store_path
 from tests.support.local_fleet import no_workers
 from tests.support.routes import PARTS, addresses
@@ -126,7 +127,7 @@ class Asker:
         reader, writer = await asyncio.open_connection(url.hostname, url.port)
         try:
             writer.write("\r\n".join([*lines, "", ""]).encode() + (b"0\r\n\r\n" if size < 0 else body))
-            async with asyncio.timeout(30.0):
+            async with asyncio.timeout(patience.PATIENCE_S):
                 status = int((await reader.readline()).split()[1])
         finally:
             writer.close()

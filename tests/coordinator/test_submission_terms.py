@@ -21,12 +21,13 @@ from scheduler import terms
 from tests.coordinator.test_origins import client_of, owned, wish_of
 from tests.support.graphs import Maker
 from tests.support.local_fleet import no_workers
+from tests.support.patience import PATIENCE_S
 
 __all__ = ["owned"]
 
 
 async def end_of(client: ApiClient, submission: str) -> SubmissionState:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         async for event in client.watch(submission):
             if isinstance(event, Ended):
                 return event.submission.state

@@ -19,9 +19,8 @@ from coordinator.stores.timings import AttemptTiming, Measured, TimingsError, Ti
 from infra.clock import SystemClock
 from infra.nix.store_path import package_of
 from scheduler.model import Failure, FailureKind
+from tests.support.patience import PATIENCE_S
 
-#: Only ends a test that hangs.
-PATIENCE_S = 30.0
 MEASURED = Measured(
     spans=[("build", 4.0, 2.0)],
     phases=[("buildPhase", 4.5, 1.0)],

@@ -16,9 +16,10 @@ from coordinator.client.errors import RefusedError
 from coordinator.config import Settings
 from coordinator.engine import timing_writer
 from coordinator.main import open_coordinator
-from tests.coordinator.conftest import PATIENCE_S, OpenedFarm, nix_workers
+from tests.coordinator.conftest import OpenedFarm, nix_workers
 from tests.coordinator.test_web import Browser, browser_of
 from tests.support.disks import fill, small_disk
+from tests.support.patience import PATIENCE_S
 from tests.support.servers import MortalPostgres
 
 Undo = Callable[[], None]

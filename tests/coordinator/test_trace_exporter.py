@@ -20,6 +20,7 @@ from scheduler.facts import SubmissionWithdrawn
 from scheduler.farm import Farm
 from scheduler.model import Instant, Recipe, Requirements, StepKey, StepSpec, SubmissionId
 from tests.coordinator.test_views import Silent
+from tests.support.patience import PATIENCE_S
 
 SPAN = EndedSpan(1, 2, None, "x", 1.0, 2.0)
 STEP = StepKey("key")
@@ -50,7 +51,7 @@ def ended(number: int, at: float = 101.0) -> AttemptTiming:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - what is waited for is another thread's doing
             await asyncio.sleep(0.01)
 
@@ -77,7 +78,7 @@ async def test_a_collector_that_hangs_holds_nothing_up_and_bounds_what_waits() -
     goes_on = threading.Event()
 
     def hang(_spans: Sequence[EndedSpan]) -> bool:
-        return goes_on.wait(30)
+        return goes_on.wait(PATIENCE_S)
 
     tracing = exporter(hang)
     tracing.attempts_ended([ended(0)])

@@ -13,8 +13,9 @@ from coordinator.cli.lines import plain
 from coordinator.cli.live import Window
 from coordinator.cli.top import farm_lines
 from infra.nix.narinfo import NarInfo
-from tests.coordinator.conftest import PATIENCE_S, OpenFarm
+from tests.coordinator.conftest import OpenFarm
 from tests.coordinator.test_web import browser_of
+from tests.support.patience import PATIENCE_S
 from workers.agent import outbox
 from workers.agent.inputs import FarmSources
 

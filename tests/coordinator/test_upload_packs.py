@@ -35,6 +35,7 @@ from infra.upload.protocol import (
     SendVerdict,
 )
 from tests.support.cache import store_path
+from tests.support.patience import PATIENCE_S
 from tests.support.uploads import LARGE, Site, begin_of, maker, opened, opener, pack_of, settings_of, thing
 
 
@@ -145,7 +146,7 @@ async def test_a_push_in_packs_that_is_cut_at_any_byte_loses_nothing_that_had_co
         head = f"POST {cache.raw_path}/uploads/{begun.id}/pack HTTP/1.1\r\nHost: localhost\r\n"
         head += f"Authorization: Bearer {site.token}\r\nContent-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body[:size])
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             # What a server has not read when a connection ends is lost with it.
             if size:
                 await came.wait()

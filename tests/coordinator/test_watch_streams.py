@@ -18,9 +18,8 @@ from coordinator.http.api import events
 from coordinator.http.api.events import LEAST_PAUSE_S, PAUSE_S, WatchStreams, pause_s
 from coordinator.readmodel.rows import StepRow
 from tests.coordinator.test_views import DrivenViews, spec, submission
+from tests.support.patience import PATIENCE_S
 
-#: Only ends a test that hangs.
-PATIENCE_S = 30.0
 WATCHERS = 40
 
 

@@ -24,8 +24,9 @@ from coordinator.http.web.texts import age_text, bytes_text, date_text, end_text
 from coordinator.main import open_coordinator
 from coordinator.security.sessions import SESSION_S, Sessions
 from coordinator.stores.timings import AttemptTiming, Measured
-from tests.coordinator.conftest import PATIENCE_S, OpenedFarm, OpenFarm
+from tests.coordinator.conftest import OpenedFarm, OpenFarm
 from tests.support.local_fleet import no_workers
+from tests.support.patience import PATIENCE_S
 from tests.support.ports import free_port
 from tests.support.routes import PARTS
 

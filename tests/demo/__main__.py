@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.farm import Farm, WorkerSpec, nix_store
+from tests.support.patience import PATIENCE_S
 
 GRAPH = Path(__file__).parent / "graph.nix"
 WORKERS = (
@@ -37,7 +38,7 @@ def build(farm: Farm) -> dict[str, Any]:
         env=farm.environment,
         stdout=subprocess.PIPE,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
         check=False,
     )
     if process.returncode != 0:

@@ -23,13 +23,15 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
+from tests.support.patience import PATIENCE_S
+
 T = TypeVar("T")
 #: What stands in every unit, and in a login of root.
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #: Where the tests are killed, so is what they have started.
 WITH_US: Final = ("setpriv", "--pdeathsig", "KILL", "--")
 #: Only ends a test that hangs.
-WITHIN_S: Final = 120.0
+WITHIN_S: Final = PATIENCE_S
 _CLONE_NEWNET: Final = 0x40000000
 #: What an overlay has of a directory below is not seen.
 _OPAQUE: Final = "trusted.overlay.opaque"

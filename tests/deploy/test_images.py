@@ -26,6 +26,7 @@ from tests.support import kuberay
 from tests.support.farm import BIN, nix_store
 from tests.support.idmaps import ID_START
 from tests.support.images import TAG, build, built, configuration, mounted
+from tests.support.patience import PATIENCE_S
 from tests.support.pods import Node, Pod
 from tests.support.processes import processes_with
 
@@ -47,7 +48,7 @@ in { everything = step "everything" (map app [ 1 2 3 ]) { }; }
 NAMESPACE: Final = "builds"
 REPOSITORY: Final = "registry.example.org/drover"
 #: Only ends a test that hangs.
-WITHIN_S: Final = 120.0
+WITHIN_S: Final = PATIENCE_S
 
 
 def manifests() -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import pytest
 from tests.e2e.conftest import Expression
 from tests.support.farm import Farm
 from tests.support.otlp import OtlpReceiver, ReceivedSpan
+from tests.support.patience import PATIENCE_S
 
 pytestmark = pytest.mark.e2e
 
@@ -40,7 +41,7 @@ def spans(farm: Farm, receiver: OtlpReceiver, tmp_path_factory: pytest.TempPathF
     build = farm.build_command(file, "-A", "phased", "-A", "broken", "--label", "traced", "--json")
     environment = {**farm.environment, "TRACEPARENT": f"00-{TRACE}-{JOB}-01"}
     first = subprocess.Popen(build, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    stdout, stderr = first.communicate(timeout=120)
+    stdout, stderr = first.communicate(timeout=PATIENCE_S)
     assert first.returncode == 1, stderr
     submission = json.loads(stdout.splitlines()[-1])["id"]
     everything = receiver.wait_for(lambda got: is_whole([span for span in got if span.trace == TRACE]))

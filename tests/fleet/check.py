@@ -14,10 +14,11 @@ from typing import Any
 
 from tests.fleet.parts import Fleet, answers
 from tests.fleet.place import FleetError
+from tests.support.patience import PATIENCE_S
 
 #: Seconds for Prometheus to have scraped all its targets since the last change.
-SCRAPED_WITHIN_S = 60.0
-BUILT_WITHIN_S = 180.0
+SCRAPED_WITHIN_S = PATIENCE_S
+BUILT_WITHIN_S = PATIENCE_S
 GRAPH = Path(__file__).resolve().parents[1] / "demo" / "graph.nix"
 ROOTS = ("linux", "darwin")
 
@@ -94,7 +95,7 @@ def _scraped(fleet: Fleet, result: dict[str, Any]) -> str:
 
 
 def _prometheus(fleet: Fleet, question: str) -> dict[str, Any]:
-    with urllib.request.urlopen(f"{fleet.prometheus}/api/v1/{question}", timeout=30) as answer:
+    with urllib.request.urlopen(f"{fleet.prometheus}/api/v1/{question}", timeout=PATIENCE_S) as answer:
         data: dict[str, Any] = json.load(answer)["data"]
         return data
 
@@ -116,7 +117,7 @@ def _pages(fleet: Fleet, result: dict[str, Any]) -> Iterator[str]:
     }
     for page, texts in shown.items():
         request = urllib.request.Request(farm.url + page) if isinstance(page, str) else page
-        with browser.open(request, timeout=30) as answer:
+        with browser.open(request, timeout=PATIENCE_S) as answer:
             text = answer.read().decode()
         missing = [each for each in texts if each not in text]
         _require(not missing, f"the page {answer.url} does not show {', '.join(missing)}")

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from tests.fleet import undertaker
+from tests.support.patience import PATIENCE_S
 
 PREFIX = "drover-fleet-"
 #: Short, because a socket's path has at most 107 bytes.
@@ -21,7 +22,7 @@ BASE = Path("/tmp")  # noqa: S108 - what is made in it has a random name
 #: Held by the keeper and by the undertaker; where nothing holds it, both were killed.
 LOCK = "lock"
 #: Seconds that the undertaker may take at the end; only ends a keeper that hangs.
-CLEARED_WITHIN_S = 40.0
+CLEARED_WITHIN_S = PATIENCE_S
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 

@@ -28,7 +28,7 @@ from workers.ray_transport.node_records import sweep_stale
 #: Seconds that a coordinator has to end its nodes and their builds once its keeper is gone.
 ORDERLY_S = 10.0
 #: Seconds that killed processes may take to disappear.
-KILL_S = 10.0
+KILL_S = 60.0
 LOOK_AGAIN_S = 0.05
 
 

@@ -19,6 +19,7 @@ import pytest
 from infra.daemon import netlink
 from tests.support.farm import Farm
 from tests.support.link import Link, open_link
+from tests.support.patience import PATIENCE_S
 from tests.support.ports import free_port
 from workers.agent.build_users import HIGH_IDS
 
@@ -194,7 +195,7 @@ def web_server(directory: Path, prefix: Sequence[str]) -> Iterator[int]:
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as server:
         try:
             probe = [*prefix, sys.executable, "-c", WAIT_FOR_PORT, str(port)]
-            subprocess.run(probe, check=True, timeout=30)
+            subprocess.run(probe, check=True, timeout=PATIENCE_S)
             yield port
         finally:
             server.kill()

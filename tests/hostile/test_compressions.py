@@ -12,12 +12,13 @@ import pytest
 
 from tests.hostile.conftest import PLAIN_WRITER
 from tests.support.farm import Farm, nix_store
+from tests.support.patience import PATIENCE_S
 
 pytestmark = pytest.mark.e2e
 
 
 def narinfo(address: str, path: str) -> dict[str, str]:
-    with urllib.request.urlopen(f"{address}/{path.rpartition('/')[2][:32]}.narinfo", timeout=30) as answer:
+    with urllib.request.urlopen(f"{address}/{path.rpartition('/')[2][:32]}.narinfo", timeout=PATIENCE_S) as answer:
         lines = answer.read().decode().splitlines()
     return dict(line.split(": ", 1) for line in lines)
 
@@ -68,7 +69,7 @@ def test_what_is_built_and_what_is_pushed_is_stored_as_the_cache_says_and_read_b
         env={**os.environ, "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert copied.returncode == 0, copied.stderr

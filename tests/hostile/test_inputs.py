@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.farm import Farm
+from tests.support.patience import PATIENCE_S
 
 GRAPH = """
 let
@@ -60,14 +61,14 @@ class Attack:
         """Let a build be tried until it ends with that problem, and want it no longer: it would be tried again."""
         assert self.farm.build(self._file, "-A", attr, "--detach").returncode == 0
         submission = self.farm.api("submissions")[0]
-        deadline = time.monotonic() + 60.0
+        deadline = time.monotonic() + PATIENCE_S
         while problem not in self.farm.api(f"steps/{submission['roots'][0]['step']}")["waiting_for"]:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert self.farm.drover("cancel", submission["id"]).returncode == 0
 
     def until_trusted(self) -> None:
-        deadline = time.monotonic() + 60.0
+        deadline = time.monotonic() + PATIENCE_S
         while not any(w["name"] == "allowed" and w["state"] == "online" for w in self.farm.api("workers")):
             assert time.monotonic() < deadline
             time.sleep(0.1)

@@ -11,13 +11,14 @@ import pytest
 
 from tests.support.attack import FarmUnderAttack
 from tests.support.farm import Farm
+from tests.support.patience import PATIENCE_S
 
 ONE = 'derivation { name = "one"; system = "x86_64-linux"; builder = "/bin/sh"; args = [ "-c" "echo > $out" ]; }'
 
 
 def _worker(farm: Farm, name: str, state: str) -> dict[str, Any]:
     """The worker once it is in that state."""
-    deadline = time.monotonic() + 60.0
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         found = [worker for worker in farm.api("workers") if worker["name"] == name and worker["state"] == state]
         if found or time.monotonic() > deadline:
@@ -41,7 +42,7 @@ def test_a_worker_whose_builders_are_root_takes_nothing_and_says_what_to_do(weak
     assert refused["reason"].endswith("allow it by name: `drover up --allow-weak-isolation refused`")
     shown = weak_farm.drover("workers").stdout
     assert "refused is of isolation class C: builders run as the host's root" in shown
-    with urllib.request.urlopen(f"{weak_farm.url}/metrics", timeout=30) as answer:
+    with urllib.request.urlopen(f"{weak_farm.url}/metrics", timeout=PATIENCE_S) as answer:
         assert 'drover_workers_isolation{class="C"} 2' in answer.read().decode()
 
 

@@ -14,10 +14,10 @@ import pytest
 
 from tests.e2e.conftest import BUSYBOX, Expression
 from tests.support.farm import Farm
+from tests.support.patience import PATIENCE_S
 
 pytestmark = pytest.mark.e2e
 
-PATIENCE_S = 90.0
 #: `FIRST` is in the cache before. Everything else waits for `gate`, and meanwhile the cache loses what it loses.
 GRAPH = """
     gate = shell "gate" "while [ ! -e /gate/open ]; do /bin/busybox sleep 0.1; done; echo open > $out";
@@ -53,7 +53,7 @@ class Lossy:
         self.file = file
         self.gate = farm.root / "gate"
         self._of_others = {each["id"] for each in farm.api("submissions")}
-        self.database = sqlite3.connect(farm.state / "cache.sqlite3", timeout=30, isolation_level=None)
+        self.database = sqlite3.connect(farm.state / "cache.sqlite3", timeout=PATIENCE_S, isolation_level=None)
 
     def close(self) -> None:
         self.database.close()
@@ -72,7 +72,7 @@ class Lossy:
             env=self.farm.environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE_S,
             check=False,
         )
         assert done.returncode == 0, done.stderr + self.farm.log_path.read_text()[-3000:]
@@ -91,7 +91,7 @@ class Lossy:
     def detach(self, attribute: str) -> None:
         """Submit, and do not watch."""
         command = [*self.command(attribute), "--detach"]
-        subprocess.run(command, env=self.farm.environment, check=True, stdout=subprocess.DEVNULL, timeout=120)
+        subprocess.run(command, env=self.farm.environment, check=True, stdout=subprocess.DEVNULL, timeout=PATIENCE_S)
 
     def push(self, *attributes: str) -> dict[str, str]:
         """Build where no worker sees it, and push what comes of it: no worker can help with it."""
@@ -110,7 +110,7 @@ class Lossy:
                 ["nix-build", "--store", store, self.file, "-A", attribute, "--no-out-link", *flags],
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=PATIENCE_S,
                 check=False,
             )
             assert built.returncode == 0, built.stderr

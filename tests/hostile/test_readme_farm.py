@@ -12,6 +12,7 @@ from tests.support.attack import FarmUnderAttack
 from tests.support.farm import processes_naming
 from tests.support.loop import LoopStalls
 from tests.support.ordinary import UID
+from tests.support.patience import PATIENCE_S
 
 pytestmark = pytest.mark.e2e
 
@@ -21,7 +22,7 @@ LEAVES = (
     """/bin/sh -c \\"trap '' TERM HUP INT QUIT; while :; do : leftover-NAME; done\\" < /dev/null > /dev/null 2>&1 &"""
 )
 #: Seconds within which what a cancelled build left is gone, also on a machine that has other things to do.
-GONE_WITHIN_S = 60.0
+GONE_WITHIN_S = PATIENCE_S
 
 
 def test_a_farm_without_configuration_builds_and_its_cache_is_read(

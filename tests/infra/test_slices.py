@@ -11,6 +11,7 @@ import pytest
 
 from infra import slices
 from infra.slices import SLICE_S, STAND_BACK_S, going_first, in_slices
+from tests.support.patience import PATIENCE_S
 
 
 def burn(seconds: float) -> None:
@@ -96,7 +97,7 @@ async def test_work_that_can_wait_has_a_slice_in_turn_however_long_something_goe
 
     began = time.monotonic()
     with going_first():
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             await asyncio.gather(*(in_slices(work(name), can_wait=True) for name in "ab"))
     assert order == "abab"
     assert time.monotonic() - began >= 4 * STAND_BACK_S

@@ -17,9 +17,10 @@ from typing import TypeVar
 
 from tests.support.farm import Farm
 from tests.support.ordinary import OrdinaryUser
+from tests.support.patience import PATIENCE_S
 
 #: Seconds; only ends a request that hangs.
-ANSWER_S = 120.0
+ANSWER_S = PATIENCE_S
 
 SomeFarm = TypeVar("SomeFarm", bound=Farm)
 
@@ -103,7 +104,7 @@ class FarmUnderAttack(Farm):
         )
         return file
 
-    def build_text(self, text: str, *arguments: str, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
+    def build_text(self, text: str, *arguments: str, timeout_s: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
         """Evaluate `text` and build it with `drover build`; the result is the last line with `--json`."""
         return self.build(self.expression(text), *arguments, timeout_s=timeout_s)
 

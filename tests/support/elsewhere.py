@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.support.farm import BIN
+from tests.support.patience import PATIENCE_S
 from tests.support.ports import free_port
 from tests.support.units import command, confined
 
 #: Only ends a test that hangs.
-WITHIN_S = 90.0
+WITHIN_S = PATIENCE_S
 
 
 class Program:

@@ -48,7 +48,7 @@ def look(expression: str, path: list[str], flags: list[str]) -> dict[str, Any]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
     if done.returncode == 0:
         for line in done.stderr.splitlines():

@@ -23,13 +23,14 @@ from typing import IO, Any
 import pytest
 
 from tests.support.ordinary import OrdinaryUser
+from tests.support.patience import PATIENCE_S
 from tests.support.ports import free_port
 
 BIN = Path(sys.executable).parent
 #: Farms of the session that run; see `tests.conftest.pytest_runtest_teardown`.
 FARMS = pytest.StashKey[list["Farm"]]()
-READY_WITHIN_S = 120.0
-STOP_WITHIN_S = 45.0
+READY_WITHIN_S = PATIENCE_S
+STOP_WITHIN_S = PATIENCE_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,7 @@ class Farm:
             return ""
         return str(json.loads(said)["status"])
 
-    def wait_for_workers(self, count: int, within_s: float = 180.0) -> list[dict[str, Any]]:
+    def wait_for_workers(self, count: int, within_s: float = PATIENCE_S) -> list[dict[str, Any]]:
         deadline = time.monotonic() + within_s
         while True:
             workers: list[dict[str, Any]] = [w for w in self.api("workers") if w["state"] == "online"]
@@ -216,7 +217,7 @@ class Farm:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def processes_left(self, within_s: float = 5.0) -> dict[int, str]:
+    def processes_left(self, within_s: float = PATIENCE_S) -> dict[int, str]:
         """Processes of this farm that are still there; waits a little for the last to end."""
         deadline = time.monotonic() + within_s
         while (left := processes_naming(str(self.root))) and time.monotonic() < deadline:
@@ -227,11 +228,18 @@ class Farm:
         token = (self.secrets / "api-token").read_text().strip()
         request = urllib.request.Request(f"{self.url}/api/v1/{path}", headers={"Authorization": f"Bearer {token}"})
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             error.add_note(f"{path}: {error.read().decode()}\n{self.log_path.read_text(errors='replace')[-4000:]}")
             raise
+
+    def begun(self, step: str) -> list[dict[str, Any]]:
+        """Return the attempts of a step that a worker began, in order.
+
+        A worker whose slots stay busy for longer than it foresaw, as on a busy machine, hands back what waits for one.
+        """
+        return [each for each in self.api(f"steps/{step}/timeline") if each["outcome"] != "returned"]
 
     @property
     def public_keys(self) -> str:
@@ -244,7 +252,7 @@ class Farm:
     def build_command(self, file: Path, *arguments: str | Path) -> list[str]:
         return self.command("build", file, "--store", self.eval_store, *arguments)
 
-    def drover(self, *arguments: str | Path, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+    def drover(self, *arguments: str | Path, timeout_s: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(*arguments),
             env=self.environment,
@@ -254,7 +262,9 @@ class Farm:
             check=False,
         )
 
-    def build(self, file: Path, *arguments: str | Path, timeout_s: float = 240.0) -> subprocess.CompletedProcess[str]:
+    def build(
+        self, file: Path, *arguments: str | Path, timeout_s: float = PATIENCE_S
+    ) -> subprocess.CompletedProcess[str]:
         return self.drover("build", file, "--store", self.eval_store, *arguments, timeout_s=timeout_s)
 
     def fetch(self, store: Path, *paths: str, keys: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -273,7 +283,7 @@ class Farm:
 
 
 def nix_store(
-    store: Path, *arguments: str, options: Mapping[str, str] | None = None, timeout_s: float = 300
+    store: Path, *arguments: str, options: Mapping[str, str] | None = None, timeout_s: float = PATIENCE_S
 ) -> subprocess.CompletedProcess[str]:
     """Run `nix-store` on a chroot store; the cache of narinfos lives beside that store."""
     settings = {"build-users-group": "", "substituters": "", **(options or {})}

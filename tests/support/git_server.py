@@ -12,13 +12,15 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from tests.support.patience import PATIENCE_S
+
 IDENTITY = ("-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "init.defaultBranch=main")
 
 
 def git(directory: Path, *words: str) -> str:
     """Run git in a directory; returns what it printed."""
     done = subprocess.run(
-        ["git", *IDENTITY, *words], cwd=directory, check=True, capture_output=True, text=True, timeout=60
+        ["git", *IDENTITY, *words], cwd=directory, check=True, capture_output=True, text=True, timeout=PATIENCE_S
     )
     return done.stdout.strip()
 
@@ -75,7 +77,7 @@ class _Backend(BaseHTTPRequestHandler):
             input=self.rfile.read(size),
             capture_output=True,
             check=False,
-            timeout=60,
+            timeout=PATIENCE_S,
         )
         head, _, body = done.stdout.partition(b"\r\n\r\n")
         fields = [line.split(": ", 1) for line in head.decode().split("\r\n") if ": " in line]

@@ -6,11 +6,13 @@ import re
 import urllib.request
 from typing import Self
 
+from tests.support.patience import PATIENCE_S
+
 _BUCKET = re.compile(r'^drover_loop_stall_seconds_bucket\{le="([^"]+)"\} (\S+)$', re.MULTILINE)
 
 
 def _buckets(url: str) -> dict[float, int]:
-    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=PATIENCE_S) as answer:
         return {float(bound): int(float(count)) for bound, count in _BUCKET.findall(answer.read().decode())}
 
 

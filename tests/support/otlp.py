@@ -13,10 +13,10 @@ from pathlib import Path
 
 import rotel  # type: ignore[import-untyped]
 
+from tests.support.patience import PATIENCE_S
 from tests.support.ports import free_port
 
 AGENT = Path(rotel.__file__).parent / "rotel-agent"
-PATIENCE_S = 60.0
 _STATUS = re.compile(r"^ *Status message *:.*\n", re.MULTILINE)
 
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from tests.support.patience import PATIENCE_S
+
 SYSTEMS: Final = ("x86_64-linux", "aarch64-darwin")
 #: Needed by every other package.
 ROOT: Final = "stdenv"
@@ -189,7 +191,7 @@ class PackageSet:
             },
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_S,
             check=False,
         )
         assert done.returncode == 0, (arguments, done.stderr)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.support.idmaps import ID_COUNT, ID_START, idmapped
+from tests.support.patience import PATIENCE_S
 
 #: As containerd has them, for a container that names none.
 DEFAULT_CAPABILITIES: Final = (
@@ -37,7 +38,7 @@ READ_ONLY: Final = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sy
 #: The profile that container runtimes of Debian have in common.
 SECCOMP: Final = Path("/usr/share/containers/seccomp.json")
 #: Only end a test that hangs.
-WITHIN_S: Final = 120.0
+WITHIN_S: Final = PATIENCE_S
 
 
 #: What becomes crun, where control groups of both versions are mounted too, which it refuses: it makes none here.

@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from tests.support.patience import PATIENCE_S
 from tests.support.screens import Terminal
 
-#: Seconds; only ends a test that hangs.
-PATIENCE_S = 60.0
 #: End of a frame that is drawn in one piece.
 _FRAME_END = "\x1b[?2026l"
 

@@ -21,9 +21,8 @@ from coordinator.main import Coordinator, open_coordinator
 from coordinator.remote_settings import RemoteEvaluationSettings
 from infra.nix.nar import NarData, NarDirectory, NarDirectoryEnd, NarEvent, NarFile, NarSymlink, write_events
 from tests.support.local_fleet import no_workers
+from tests.support.patience import PATIENCE_S
 
-#: Only ends a test that hangs.
-PATIENCE_S = 60.0
 #: A derivation called as its attribute.
 DERIVATION = 'derivation { name = "%s"; system = "x86_64-linux"; builder = "/bin/sh"; }'
 #: A file's text, or for a symlink its target.
@@ -107,7 +106,7 @@ async def remote_farm(
     **remote: Any,
 ) -> AsyncIterator[RemoteFarm]:
     """Run a coordinator for as long as the block does."""
-    wanted = {"enabled": True, "memory_mib": 1024, "scratch_mib": 128, "timeout_s": 60, "at_once": 2, **remote}
+    wanted = {"enabled": True, "memory_mib": 1024, "scratch_mib": 128, "timeout_s": PATIENCE_S, "at_once": 2, **remote}
     settings = Settings(
         state_dir=root / "state",
         port=0,

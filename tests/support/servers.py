@@ -37,10 +37,11 @@ import psycopg
 import pytest
 
 from infra.process_tree import process_tree
+from tests.support.patience import PATIENCE_S
 from tests.support.ports import free_port
 
 #: Seconds for a server to answer, and to end.
-START_WITHIN_S = 60.0
+START_WITHIN_S = PATIENCE_S
 STOP_WITHIN_S = 15.0
 BUCKET = "drover-test"
 
@@ -170,6 +171,7 @@ def _weed_argv(directory: Path, ports: Sequence[int]) -> list[str | Path]:
     more = ("s3.port", "s3.port.grpc", "metricsPort")
     return [
         Path(sys.executable).parent / "weed",
+        f"-logdir={directory}",
         "server",
         f"-dir={directory}",
         "-ip=127.0.0.1",
@@ -206,9 +208,15 @@ def running_s3(directory: Path) -> Iterator[S3Server]:
     ports = [free_port() for _ in range(9)]
     server = S3Server(ports[6], access, secret, ports[8])
     # Its files are thrown away with it: nothing is gained by waiting for it to tidy up.
-    with Daemon("weed", _weed_argv(directory, ports), directory, stop=signal.SIGKILL) as daemon:
-        daemon.wait_until(lambda: _has_bucket(server))
-        yield server
+    try:
+        with Daemon("weed", _weed_argv(directory, ports), directory, stop=signal.SIGKILL) as daemon:
+            daemon.wait_until(lambda: _has_bucket(server))
+            yield server
+    finally:
+        # Sockets of its parts for each other, whose place cannot be chosen.
+        for port in ports:
+            for socket in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108 - the server's own place
+                socket.unlink()
 
 
 @pytest.fixture(scope="session")

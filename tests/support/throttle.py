@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Final
 
 from infra.process_tree import process_tree
+from tests.support.patience import PATIENCE_S
 
 PERIOD_US: Final = 100_000
 #: Times that the group's processes together weigh as much as one of the machine's others: what else runs is no reason.
 WEIGHT: Final = 64
 #: Seconds in which processes must have left a group.
-EMPTY_WITHIN_S: Final = 20.0
+EMPTY_WITHIN_S: Final = PATIENCE_S
 _V1: Final = Path("/sys/fs/cgroup/cpu")
 _V2: Final = Path("/sys/fs/cgroup")
 

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-#: Seconds; only ends a test that hangs.
-PATIENCE_S = 60.0
+from tests.support.patience import PATIENCE_S
 
 
 class Tmux:

@@ -21,6 +21,7 @@ from infra.nix.derivation import Derivation, DerivationOutput
 from infra.nix.narinfo import NarInfo
 from infra.nix.store_path import StoreDir
 from infra.objects.store import open_object_store
+from tests.support.patience import PATIENCE_S
 from workers.agent.agent import Agent
 from workers.agent.settings import WorkerSettings
 from workers.wire.messages import Batch, BuildLimits, FarmInfo, LeaseOrder, Output, Report, StageChange, Succeeded
@@ -28,8 +29,6 @@ from workers.wire.messages import Batch, BuildLimits, FarmInfo, LeaseOrder, Outp
 STORE = "/nix/store"
 STORE_DIR = StoreDir(STORE)
 KEY = signing.generate("farm-1", b"k" * 32)
-#: Generous: it only ends a test that hangs.
-PATIENCE_S = 60.0
 
 
 def hash_part(text: str) -> str:

@@ -16,6 +16,7 @@ import pytest
 from infra.daemon import open_stdio
 from infra.nix.store_path import StorePath
 from infra.process_tree import live_processes
+from tests.support.patience import PATIENCE_S
 from tests.support.processes import SURVIVOR, above, daemons_below, processes_with
 from workers.agent import daemon_pool, lease_runner, outbox
 from workers.agent.agent import Agent, AgentError
@@ -23,7 +24,7 @@ from workers.agent.settings import WorkerSettings
 from workers.agent.stopping import stop_agents
 from workers.wire.messages import Failed, Report, Stage, Succeeded
 
-from .conftest import PATIENCE_S, STORE, STORE_DIR, AgentHarness, ReportReader, drv, hash_part, nar_of, order
+from .conftest import STORE, STORE_DIR, AgentHarness, ReportReader, drv, hash_part, nar_of, order
 
 #: A builder that runs until it is stopped.
 FOREVER = "echo started; while :; do sleep 1; done"

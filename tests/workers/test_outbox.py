@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 import pytest
 
+from tests.support.patience import PATIENCE_S
 from workers.agent import outbox as outbox_module
 from workers.agent.outbox import CHUNK_BYTES, MEMORY_LOG_BYTES, Outbox, OutboxError
 from workers.wire.messages import SMALL_BATCH_BYTES, Failed, Report, Stage, StageChange
@@ -79,8 +80,8 @@ async def test_lines_of_a_quiet_builder_are_sent_after_a_moment(tmp_path: Path) 
     async with opened(tmp_path / "outbox") as outbox:
         outbox.log(KEY, b"waiting for input\n")
         assert outbox.take(BULK)[1] == []
-        async with asyncio.timeout(10):
-            await outbox.wait(30.0)
+        async with asyncio.timeout(PATIENCE_S):
+            await outbox.wait(2 * PATIENCE_S)
         assert kinds(outbox.take(BULK)[1]) == ["log"]
 
 
@@ -253,5 +254,5 @@ async def test_reports_are_synced_when_nobody_acknowledges_them(
         await asyncio.sleep(0.05)
         assert not synced.is_set()
         outbox.report(report(("other", 1)), within_s=0.0)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             await synced.wait()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.local_fleet import InProcessFleet, LocalCalls
+from tests.support.patience import PATIENCE_S
 from workers.agent.agent import Agent
 from workers.ray_transport.actor import AgentHost
 from workers.wire import polling
@@ -52,7 +53,7 @@ from workers.wire.polling import (
     poll_agent,
 )
 
-from .conftest import PATIENCE_S, AgentHarness, drv, order
+from .conftest import AgentHarness, drv, order
 
 FARM = FarmInfo(cache_url="http://farm/cache", public_keys=(), object_store_url="file:///objects")
 FOREVER = "echo started; while :; do sleep 1; done"

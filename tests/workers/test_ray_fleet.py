@@ -22,6 +22,7 @@ import pytest_asyncio
 
 from infra.objects.store import open_object_store
 from infra.process_tree import process_tree
+from tests.support.patience import PATIENCE_S
 from workers.agent.settings import native_system
 from workers.ray_transport.access import make_token_file
 from workers.ray_transport.fleet import RayFleet
@@ -33,9 +34,6 @@ from workers.wire.messages import Failed, FarmInfo, Hello, Lease, LogChunk, Repo
 from .conftest import drv, order
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-#: Generous: it only ends a test that hangs.
-PATIENCE_S = 90.0
 
 
 class Heard:

@@ -21,6 +21,7 @@ from infra.nix import narinfo
 from infra.nix.narinfo import NarInfo
 from tests.coordinator.conftest import nix_workers
 from tests.support.cache import STORE_DIR, secret_key
+from tests.support.patience import PATIENCE_S
 from tests.support.proxy import Fault, FaultyProxy
 
 EXPRESSION = """
@@ -66,7 +67,7 @@ class Site:
             capture_output=True,
             text=True,
             env=environment,
-            timeout=180,
+            timeout=PATIENCE_S,
             check=False,
         )
 

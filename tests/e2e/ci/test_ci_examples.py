@@ -20,13 +20,14 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from tests.support.farm import Farm
+from tests.support.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = ROOT / "infra" / "deploy" / "ci"
 #: Steps that are the forge's own, whose effect is there already: a checkout, and a Nix.
 ACTIONS = {"actions/checkout@v4", "cachix/install-nix-action@v31", "actions/upload-artifact@v4"}
 _EXPRESSION = re.compile(r"\$\{\{\s*(.*?)\s*\}\}")
-STEP_S = 180
+STEP_S = PATIENCE_S
 
 
 @pytest.fixture(scope="module")

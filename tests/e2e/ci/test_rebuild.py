@@ -16,6 +16,7 @@ import pytest
 
 from tests.support.farm import Farm
 from tests.support.package_set import DATA, ROOT, Package, PackageSet
+from tests.support.patience import PATIENCE_S
 
 pytestmark = pytest.mark.e2e
 
@@ -45,7 +46,7 @@ def rebuild(
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=PATIENCE_S,
         check=False,
     )
 
@@ -185,7 +186,7 @@ def test_a_comparison_that_is_ended_leaves_no_checkout(farm: Farm, tmp_path: Pat
             assert child.poll() is None
             time.sleep(0.05)
         child.send_signal(number)
-        _, errors = child.communicate(timeout=60)
+        _, errors = child.communicate(timeout=PATIENCE_S)
     assert child.returncode == 130, errors
     assert "interrupted; nothing was submitted" in errors
     assert list(temporary.glob("drover-revision-*")) == []

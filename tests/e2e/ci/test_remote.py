@@ -14,6 +14,7 @@ import pytest
 from tests.e2e.conftest import BUSYBOX
 from tests.support.farm import Farm, WorkerSpec
 from tests.support.git_server import commit, git, serving_git
+from tests.support.patience import PATIENCE_S
 from tests.support.processes import processes_with
 
 pytestmark = pytest.mark.e2e
@@ -145,7 +146,7 @@ def test_a_flake_is_built_with_its_locked_inputs(farm: Farm, repository: Path, p
     status, said, _ = built(farm, f"{flake}#checks")
     assert (status, "it has no flake.lock: make it with `nix flake lock`" in said) == (3, True), said
     words = ("--extra-experimental-features", "nix-command flakes", "flake", "lock", "--store", served / "store")
-    subprocess.run(["nix", *words, flake], check=True, capture_output=True, timeout=60)
+    subprocess.run(["nix", *words, flake], check=True, capture_output=True, timeout=PATIENCE_S)
     commit(flake, {})
     status, said, log = built(farm, f"{flake}#a")
     assert (status, "of-the-sub" in log) == (0, True), said
@@ -166,7 +167,7 @@ def test_an_interrupted_evaluation_goes_on_and_can_be_watched_and_ended(farm: Fa
         if "the coordinator evaluates" in line:
             break
     client.send_signal(signal.SIGINT)
-    _, said = client.communicate(timeout=30)
+    _, said = client.communicate(timeout=PATIENCE_S)
     assert client.returncode == 130
     assert "the coordinator goes on evaluating" in said
     found = re.search(r"drover cancel (eval-[0-9a-f]+)", said)
@@ -208,7 +209,7 @@ def test_a_coordinator_that_is_killed_in_the_middle_leaves_nothing_and_the_clien
     [view] = [view for view in farm.api("submissions") if view["id"] not in known]
     assert (view["open"], view["root_count"]) == (True, 1)
     client.send_signal(signal.SIGINT)
-    _, errors = client.communicate(timeout=30)
+    _, errors = client.communicate(timeout=PATIENCE_S)
     found = re.search(r"drover cancel (eval-[0-9a-f]+)", errors)
     assert found is not None, errors
     ended = farm.drover("cancel", found[1])

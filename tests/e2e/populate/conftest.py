@@ -23,6 +23,7 @@ from infra.objects.nar_writer import upload_nar
 from tests.support.cache import chunked
 from tests.support.farm import FARMS, Farm, WorkerSpec, nix_store
 from tests.support.package_set import SYSTEMS, PackageSet
+from tests.support.patience import PATIENCE_S
 from tests.support.upstreams import UPSTREAM_KEY, LyingUpstream, lying_upstream
 from tests.support.wishes import flox_lock
 
@@ -121,7 +122,7 @@ def nix_instantiate(store: Path, file: Path, *arguments: str) -> str:
         env={**os.environ, "HOME": str(store)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -144,13 +145,13 @@ def beside(make: Callable[[], Any]) -> Iterator[tuple[Any, Callable[[Coroutine[A
     thread.start()
 
     def call(coroutine: Coroutine[Any, Any, _T]) -> _T:
-        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(60)
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(PATIENCE_S)
 
     try:
-        yield ready.result(60), call
+        yield ready.result(PATIENCE_S), call
     finally:
         loop.call_soon_threadsafe(end.set)
-        thread.join(30)
+        thread.join(PATIENCE_S)
         loop.close()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from infra.nix import aterm
 from tests.e2e.populate.conftest import PopulatedFarm, evaluate, fetched_by_nix, nix_instantiate
 from tests.support.package_set import SYSTEMS, Package
+from tests.support.patience import PATIENCE_S
 from tests.support.upstreams import Lie
 from tests.support.wishes import flake_entry, store_path
 
@@ -99,8 +100,10 @@ def test_an_entry_whose_derivation_is_unknown_is_evaluated_compared_and_built(
     (flake / "flake.nix").write_text(f"{{ outputs = _: {{ packages.{NATIVE}.tool = import ./tool.nix; }}; }}")
     git = ["git", "-C", str(flake), "-c", "user.name=Ada", "-c", "user.email=ada@example.org"]
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "a tool"]):
-        subprocess.run([*git, *words], check=True, timeout=30)
-    revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=30)
+        subprocess.run([*git, *words], check=True, timeout=PATIENCE_S)
+    revision = subprocess.run(
+        [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=PATIENCE_S
+    )
     drv = nix_instantiate(tmp_path / "elsewhere", flake / "tool.nix").strip()
     made = aterm.parse(Path(f"{tmp_path}/elsewhere{drv}").read_bytes()).outputs[0].path
     wrong = store_path("tool")
@@ -159,7 +162,7 @@ def test_only_what_is_new_of_two_lists_is_had_and_what_was_cut_goes_on(populated
     populated.at_upstream(upstream.wanted.wait())
     populated.farm.kill()
     running.send_signal(signal.SIGINT)
-    _, said = running.communicate(timeout=60)
+    _, said = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 130, said
     assert "The same command goes on from there." in said
     assert "end that: drover cancel mirror-" in said

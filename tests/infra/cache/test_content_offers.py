@@ -20,6 +20,7 @@ from infra.nix.store_path import hash_part_of
 from infra.objects.store import BlockingSource
 from tests.infra.nix.test_content import DIRECTORY, plain_file
 from tests.support.cache import STORE_DIR, object_file, open_cache, store_path, uploaded_claim
+from tests.support.patience import PATIENCE_S
 
 ABC = FixedContent("", "sha256", hashlib.sha256(b"abc").digest())
 TREE = FixedContent("r:", "sha1", hashlib.sha1(DIRECTORY, usedforsecurity=False).digest())
@@ -101,7 +102,7 @@ async def test_an_offer_that_is_given_up_reads_no_further(tmp_path: Path, monkey
         def read(self) -> bytes:
             reads.append(len(reads))
             begun.set()
-            assert go_on.wait(60)
+            assert go_on.wait(PATIENCE_S)
             return b"x" if len(reads) < 100 else b""
 
         def close(self) -> None:

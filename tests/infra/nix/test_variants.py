@@ -9,6 +9,7 @@ from infra.nix import aterm
 from infra.nix.store_path import StoreDir
 from infra.nix.variant import variant_of
 from infra.nix.verify import Verifier
+from tests.support.patience import PATIENCE_S
 
 STORE_DIR = StoreDir("/nix/store")
 EXPRESSION = """
@@ -25,7 +26,7 @@ in [ (top { }) (top { DROVER_VARIANT = "duration"; }) ]
 
 def test_a_variant_is_what_nix_makes_of_the_expression_with_one_more_variable(tmp_path: Path) -> None:
     command = ["nix-instantiate", "--store", str(tmp_path), "-E", EXPRESSION]
-    made = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    made = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_S).stdout.split()
     plain, expected = [path.partition("!")[0] for path in made]
 
     def read(drv: str) -> bytes:

@@ -22,6 +22,7 @@ from infra.objects.nar_reader import fetch_nar
 from infra.objects.nar_writer import BLOCK_BYTES, FRAME_BYTES, QUICK_BYTES, UploadedNar, upload_nar
 from infra.objects.store import INLINE_BYTES, LocalObjectStore, ObjectStore
 from tests.support.cache import chunked, narinfo_of
+from tests.support.patience import PATIENCE_S
 
 NOISE = random.Random(7).randbytes(24 * 1024 * 1024)
 #: What xz, which takes a second for each MiB of noise, compresses fast: noise that is repeated.
@@ -225,7 +226,7 @@ def test_memory_does_not_grow_with_the_nar(tmp_path: Path) -> None:
         capture_output=True,
         check=False,
         cwd=Path(__file__).parents[3],
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     assert result.returncode == 0, result.stderr.decode(errors="replace")
     # A slow disk keeps more parts in flight than a quick one; the whole object would be 150 MiB.
