@@ -125,7 +125,7 @@ async def test_a_restart_keeps_it_open_with_all_its_names_and_it_goes_on(open_fa
         assert (stage_name, round(end - begin, 3)) == ("evaluate", 2.0)
 
 
-@pytest.mark.parametrize("silence_s", [0.5])
+@pytest.mark.parametrize("silence_s", [3.0])
 async def test_one_whose_client_is_silent_is_closed_as_incomplete_and_goes_on_building(open_farm: OpenFarm) -> None:
     async with open_farm("w1") as farm:
         [a] = await farm.evaluate(GRAPH, "a")
@@ -137,7 +137,7 @@ async def test_one_whose_client_is_silent_is_closed_as_incomplete_and_goes_on_bu
         assert (ended.counts.done, ended.counts.total) == (2, 2)
 
 
-@pytest.mark.parametrize("silence_s", [0.5])
+@pytest.mark.parametrize("silence_s", [3.0])
 async def test_signs_of_life_keep_it_open(silence_s: float, open_farm: OpenFarm) -> None:
     async with open_farm() as farm:
         name = await opened(farm)

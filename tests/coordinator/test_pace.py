@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -104,12 +105,19 @@ async def test_a_sender_that_trickles_is_given_up(read: Reader, monkeypatch: pyt
 async def test_a_sender_at_the_least_pace_is_read_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bodies, "PATIENCE_S", 1.5)
     monkeypatch.setattr(bodies, "LEAST_BYTES_PER_S", 100)
-    async with sending_to(_stream) as (writer, answer):
-        # In all for longer than the patience.
-        for _ in range(10):
-            writer.write(b"x" * 100)
-            assert not (await asyncio.wait([answer], timeout=0.2))[0] or answer.result()
-        assert b" 204 " in await answer
+    said, rest_s = b"", 1.5
+    # A machine that is held up for as long as the patience is no sender at the least pace.
+    while not said or (b" 408 " in said and rest_s > 0.5):
+        rest_s = 0.0
+        async with sending_to(_stream) as (writer, answer):
+            # In all for longer than the patience.
+            for _ in range(10):
+                began_s = time.monotonic()
+                writer.write(b"x" * 100)
+                await asyncio.wait([answer], timeout=0.2)
+                rest_s = max(rest_s, time.monotonic() - began_s)
+            said = await answer
+    assert b" 204 " in said
 
 
 async def test_our_own_work_on_a_body_is_not_the_senders_delay(monkeypatch: pytest.MonkeyPatch) -> None:

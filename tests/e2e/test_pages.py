@@ -37,11 +37,11 @@ from infra.database import open_engine
 from tests.e2e.conftest import BUSYBOX, Expression, waiting_for
 from tests.support.elsewhere import Program
 from tests.support.farm import Farm, processes_naming
+from tests.support.patience import PATIENCE_S
 
 pytestmark = pytest.mark.e2e
 
-#: Only ends a test that hangs.
-PATIENCE_MS = 60_000
+PATIENCE_MS = PATIENCE_S * 1000
 PHONE: ViewportSize = {"width": 390, "height": 844}
 expect.set_options(timeout=PATIENCE_MS)
 #: Chromium under the names of distributions.
@@ -92,9 +92,8 @@ class Window:
 def browser() -> Iterator[Browser]:
     program = next(filter(None, map(shutil.which, CHROMIUM)))
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=program, args=["--no-sandbox", "--disable-background-networking", "--disable-gpu"]
-        )
+        flags = ["--no-sandbox", "--disable-background-networking", "--disable-gpu"]
+        browser = playwright.chromium.launch(executable_path=program, args=flags, timeout=PATIENCE_MS)
         yield browser
         browser.close()
 
@@ -166,9 +165,7 @@ def environment(farm: Farm, submission: str) -> str:
         assert done.returncode == 0, done.stderr
     with ThreadPoolExecutor() as threads:
         threads.submit(asyncio.run, remember(farm)).result()
-    for _ in range(100):
-        if {"failed", "no worker"} <= {gap["reason"] for gap in gaps_of(farm)}:
-            break
+    while not {"failed", "no worker"} <= {gap["reason"] for gap in gaps_of(farm)}:
         assert farm.drover("environments", "look", ENVIRONMENT).returncode == 0
     return ENVIRONMENT
 
@@ -322,6 +319,8 @@ def test_where_did_the_time_go(window: Window, submission: str) -> None:
     page.get_by_role("link", name="timeline").click()
     box = page.locator("#timeline a.run", has_text="pages-runs")
     expect(box.locator(".span-build")).to_have_count(1)
+    # With its scripts, which run once all of it has come: what is pressed before goes nowhere.
+    page.wait_for_load_state()
     # Keys move the window, its address can be sent to another, and the way back leads where one was.
     whole, width = page.url, box.locator("rect").first.get_attribute("width")
     page.focus("#timeline")
@@ -356,6 +355,7 @@ def test_of_thousands_of_attempts_the_timeline_shows_how_many_ran_and_closer_eac
     expect(page.locator(".area.mark.is-lost")).to_have_count(1)
     row = page.locator("#live-workers tr", has_text="old-0").locator("td")
     expect(row.nth(1)).to_have_text("1,000")
+    page.wait_for_load_state()
     # A pull to the right shows what was before, the wheel with Ctrl goes closer, to where each attempt is a box.
     drawing = page.locator("#timeline").bounding_box()
     assert drawing is not None

@@ -15,9 +15,10 @@ import pytest
 
 from tests.fleet.place import CHECKOUT, LOCK, PREFIX, clear_dead
 from tests.fleet.undertaker import members
+from tests.support.patience import PATIENCE_S
 
 #: Only ends a test that hangs.
-ENDED_WITHIN_S = 90.0
+ENDED_WITHIN_S = PATIENCE_S
 
 
 class Run:
@@ -85,7 +86,9 @@ def test_it_builds_on_both_systems_is_scraped_shows_its_pages_and_leaves_nothing
 def test_a_fleet_whose_keeper_is_killed_while_workers_join_is_gone_within_seconds() -> None:
     with running() as run:
         run.read_until("Prometheus")
-        nodes = [Path(record.read_text().strip()) for record in (run.root / "farm" / "ray").iterdir()]
+        records = [record.read_text().strip() for record in (run.root / "farm" / "ray").iterdir()]
+        # A node's record may be there and not written yet.
+        nodes = [Path(record) for record in records if record]
         assert nodes
         with (run.root / LOCK).open() as lock:
             run.process.kill()

@@ -32,6 +32,7 @@ from infra.nix.nar import NarData, NarDirectory, NarDirectoryEnd, NarEvent, NarF
 from infra.process import run
 from tests.support.git_server import commit, git, serving_git
 from tests.support.ordinary import OrdinaryUser
+from tests.support.patience import PATIENCE_S
 from tests.support.remote import DERIVATION, Files, RemoteFarm, events, remote_farm
 
 MIB = 2**20
@@ -179,15 +180,19 @@ async def test_an_evaluation_without_end_ends_by_itself_and_another_goes_on(
 
 
 async def test_an_evaluation_is_ended_that_takes_longer_than_the_farm_lets_it(tmp_path: Path) -> None:
-    async with remote_farm(tmp_path, timeout_s=3, at_once=1, waiting=1) as farm:
-        bad = await farm.begin({"default.nix": LOOP % "d + w"})
+    async with remote_farm(tmp_path, timeout_s=3) as farm:
+        bad = await farm.evaluate({"default.nix": LOOP % "d + w"})
+        assert "took longer than 3 s" in bad.error
+
+
+async def test_an_evaluation_waits_for_a_place_and_no_more_of_them_than_may(tmp_path: Path) -> None:
+    async with remote_farm(tmp_path, at_once=1, waiting=1) as farm:
+        runs = await farm.begin({"default.nix": LOOP % "d + w"})
         waits = await farm.begin({"default.nix": DERIVATION % "waits"})
         with pytest.raises(RefusedError, match="1 evaluations wait already"):
             await farm.begin({"default.nix": "{ }"})
-        assert "took longer than 3 s" in (await farm.end(bad.id)).error
+        assert (await farm.client.cancel_evaluation(runs.id)).state is EvaluationState.CANCELLED
         assert (await farm.end(waits.id)).state is EvaluationState.DONE
-        cancelled = await farm.begin({"default.nix": LOOP % "d + w"})
-        assert (await farm.client.cancel_evaluation(cancelled.id)).state is EvaluationState.CANCELLED
 
 
 async def submitted(farm: RemoteFarm, evaluation: str) -> EvaluationView:
@@ -311,7 +316,9 @@ async def test_a_hostile_tree_is_refused_by_a_sentence_and_nothing_of_it_is_kept
 
 
 async def in_sandbox(sandboxes: Sandboxes, script: str, slot: int = 0) -> str:
-    done = await run(sandboxes.command(slot, ["sh", "-c", script]), env=ENVIRONMENT, timeout_s=30, max_output_bytes=MIB)
+    done = await run(
+        sandboxes.command(slot, ["sh", "-c", script]), env=ENVIRONMENT, timeout_s=PATIENCE_S, max_output_bytes=MIB
+    )
     return (done.stdout + done.stderr).decode(errors="replace")
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.patience import PATIENCE_S
 from workers.agent import agent
 from workers.agent.agent import AgentError
 from workers.agent.outbox import CHUNK_BYTES, Outbox
 from workers.wire.messages import Batch, Failed, Hello, Stage, Succeeded
 
-from .conftest import PATIENCE_S, AgentHarness, ReportReader, drv, order
+from .conftest import AgentHarness, ReportReader, drv, order
 
 FOREVER = "echo started; while :; do sleep 1; done"
 
@@ -186,7 +187,8 @@ async def test_two_agents_never_share_a_state_directory(bench: AgentHarness) -> 
 
 async def test_leases_outlive_a_coordinator_that_comes_back_under_another_address(bench: AgentHarness) -> None:
     reader = await bench.agent(slots=1)
-    running = order(drv("running", "echo started; sleep 1; : > $out"))
+    # For longer than a busy machine takes to greet the worker again.
+    running = order(drv("running", "echo started; sleep 5; : > $out"))
     await reader.agent.start_many([running.dump()])
     await reader.until(lambda: running.step in reader.logs)
     moved = bench.farm.model_copy(update={"cache_url": "http://127.0.0.1:9/cache"})

@@ -16,12 +16,14 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
 from infra.process_tree import process_tree
+from tests.support.patience import PATIENCE_S
 from workers.ray_transport.access import NodeHealth, RayNodeError, check_token_file, make_token_file, ray_env
 from workers.ray_transport.cluster_identity import cluster_at
 from workers.ray_transport.node_process import Handover
@@ -30,8 +32,6 @@ from workers.ray_transport.nodes import RayHead, RayWorkerNode
 
 shared = pytest.mark.asyncio(loop_scope="module")
 
-#: Generous: it only ends a test that hangs. A node of Ray starts in 3 s, and in a minute on a machine that is busy.
-PATIENCE_S = 120.0
 
 #: As a driver, and as somebody who speaks to the head's port without being one.
 TRY_TO_CONNECT = """
@@ -90,12 +90,11 @@ def node(head: RayHead, token: Path, base: Path, *, name: str = "w1") -> RayWork
 
 def listening_addresses(root: int) -> set[str]:
     """Addresses on which the tree of `root` listens, from the kernel's tables (proc(5): address in host order)."""
-    sockets = {
-        str(link.readlink())
-        for process in process_tree(root)
-        for link in Path(f"/proc/{process.pid}/fd").iterdir()
-        if link.is_symlink()
-    }
+    sockets = set()
+    for link in (link for process in process_tree(root) for link in Path(f"/proc/{process.pid}/fd").glob("*")):
+        # Closed meanwhile.
+        with suppress(OSError):
+            sockets.add(str(link.readlink()))
     found = set()
     for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
@@ -116,6 +115,10 @@ def command(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def programs_below(root: int) -> Counter[bytes]:
+    return Counter(command(p.pid).partition(b"\0")[0].rpartition(b"/")[2] for p in process_tree(root))
 
 
 def entries(directory: Path) -> set[Path]:
@@ -209,8 +212,11 @@ async def test_a_node_is_a_server_and_a_small_leader_with_no_other_program_of_ra
     head: RayHead, token: Path, base: Path
 ) -> None:
     async with node(head, token, base) as worker:
-        programs = Counter(command(p.pid).partition(b"\0")[0].rpartition(b"/")[2] for p in process_tree(worker.pid))
         leader = os.fsencode(Path(sys.executable).name)
+        async with asyncio.timeout(PATIENCE_S):
+            # The raylet starts what it has for its agents some time after it has joined.
+            while (programs := programs_below(worker.pid))[b"sh"] < 2:  # noqa: ASYNC110 - sends no event
+                await asyncio.sleep(0.1)
         assert programs == {leader: 1, b"raylet": 1, b"sh": 2}
         assert not re.search(r"site-packages", Path(f"/proc/{worker.pid}/maps").read_text())  # noqa: ASYNC240 - no disk
 

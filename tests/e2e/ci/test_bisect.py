@@ -15,6 +15,7 @@ import pytest
 from tests.e2e.conftest import BUSYBOX, waiting_for
 from tests.support.farm import Farm, nix_store
 from tests.support.package_set import PackageSet
+from tests.support.patience import PATIENCE_S
 
 Change = Callable[[PackageSet], None]
 COMMITS = 40
@@ -64,7 +65,7 @@ def temporary(tmp_path: Path) -> Path:
 def bisect(farm: Farm, temporary: Path) -> Iterator[Callable[[list[str]], subprocess.CompletedProcess[str]]]:
     def run(command: list[str]) -> subprocess.CompletedProcess[str]:
         environment = {**farm.environment, "TMPDIR": str(temporary)}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
     yield run
     assert list(temporary.iterdir()) == []
@@ -72,8 +73,7 @@ def bisect(farm: Farm, temporary: Path) -> Iterator[Callable[[list[str]], subpro
 
 def builds_of(farm: Farm, document: dict[str, Any]) -> list[int]:
     """Return how often each tested derivation was built."""
-    timelines = [farm.api(f"steps/{each['step']}/timeline") for each in document["tested"]]
-    return [sum(attempt["outcome"] != "returned" for attempt in attempts) for attempts in timelines]
+    return [len(farm.begun(each["step"])) for each in document["tested"]]
 
 
 def answer_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def test_a_bisection_that_is_interrupted_goes_on_with_the_same_command(
     command = history.command(farm)
     environment = {**farm.environment, "TMPDIR": str(temporary)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_S
         while sum(each["label"].startswith("bisect git") for each in running(farm)) < 2:
             assert process.poll() is None
             assert time.monotonic() < deadline
@@ -140,7 +140,7 @@ def test_a_bisection_that_is_interrupted_goes_on_with_the_same_command(
         other = bisect_refused(command, environment)
         assert "another drover bisect uses" in other
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert f"what is known is in {history.state}: the same command goes on" in said
     assert list(temporary.iterdir()) == []
@@ -164,7 +164,7 @@ def running(farm: Farm) -> list[dict[str, Any]]:
 
 
 def bisect_refused(command: list[str], environment: dict[str, str]) -> str:
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 2
     return done.stderr
 
@@ -217,17 +217,20 @@ _KINDS = """
   name = "kind"; system = "x86_64-linux"; builder = "/bin/sh"; salt = "%s";
   args = [ "-c" "sleep ${seconds}; echo ${text} $out > $out" ];
   inherit comment;
-} // { meta.timeout = 12; }
+} // { meta.timeout = 20; }
 """
 
 
 def test_the_first_commit_that_differs_is_slower_or_takes_too_long_is_found(
     farm: Farm, tmp_path: Path, bisect: Callable[[list[str]], subprocess.CompletedProcess[str]]
 ) -> None:
-    """What is in the cache and was never built here is measured by a variant of it."""
+    """What is in the cache and was never built here is measured by a variant of it.
+
+    Of the times a busy machine may take a second or two that are not the builder's.
+    """
     packages = PackageSet(tmp_path / "set")
     packages.write("kind.nix", _KINDS % tmp_path)
-    seconds = [*["1"] * 5, *["7"] * 2, "1000", "1000"]
+    seconds = [*["1"] * 5, *["12"] * 2, "1000", "1000"]
     line = []
     for number, each in enumerate(seconds):
         text = "second" if number >= 3 else "first"
@@ -243,7 +246,7 @@ def test_the_first_commit_that_differs_is_slower_or_takes_too_long_is_found(
     expected = {"differs": (4, 3), "slower": (6, 5), "timed-out": (8, 7)}
     why = ""
     for until, (bad, first) in expected.items():
-        ends = ("--good", line[0], "--bad", line[bad], "--until", until, "--factor", "2.5")
+        ends = ("--good", line[0], "--bad", line[bad], "--until", until, "--factor", "4")
         done = bisect(farm.command("bisect", packages.file, *ends, "--store", farm.eval_store, "--json"))
         assert done.returncode == 0, done.stderr
         found = answer_of(done)
@@ -256,7 +259,7 @@ def test_the_first_commit_that_differs_is_slower_or_takes_too_long_is_found(
 def built_elsewhere(farm: Farm, file: Path) -> str:
     """Build on this machine, in the store that the client evaluates into; return the output."""
     instantiate = ["nix-instantiate", "--store", str(farm.eval_store), str(file)]
-    drv = subprocess.run(instantiate, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    drv = subprocess.run(instantiate, capture_output=True, text=True, check=True, timeout=PATIENCE_S).stdout.strip()
     done = nix_store(farm.eval_store, "-r", drv, options={"sandbox": "true", **BUSYBOX})
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -42,11 +42,15 @@ def test_two_owners_share_the_farm_by_weight_whoever_came_first_and_in_how_many_
     views = [one.ended(each) for each in submitted]
     assert [(view["state"], view["owner"]) for view in views] == [("succeeded", "people")] + [("succeeded", "ci")] * 3
     granted = [fact.lease.step.partition("-")[2] for fact in one.journal() if isinstance(fact, StepLeased)]
-    order = [name.partition("-")[0] for name in granted if name in {*steps["people"], *steps["ci"]}]
-    assert len(order) == sum(counts.values()), "each is built once"
+    granted = [name for name in granted if name in {*steps["people"], *steps["ci"]}]
+    # A worker hands back what waits for a busy slot for too long: that was granted, and is granted again.
+    order = [name.partition("-")[0] for name in dict.fromkeys(granted)]
+    again = len(granted) - len(order)
+    assert len(order) == sum(counts.values())
+    assert one.runs() | dict.fromkeys([*steps["people"], *steps["ci"]], 1) == one.runs(), "each is built once"
     share = OWNERS["ci"] / sum(OWNERS.values())
     for count in range(1, len(order) + 1):
-        assert abs(order[:count].count("ci") - count * share) <= 1, (count, order)
+        assert abs(order[:count].count("ci") - count * share) <= 1 + again, (count, order)
 
 
 def test_a_newer_push_of_a_branch_takes_the_place_of_the_older_and_spares_what_only_that_wanted(

@@ -21,10 +21,11 @@ from coordinator.journal.journal import Journal
 from infra.database import open_engine
 from scheduler import facts
 from scheduler.facts import Fact
+from tests.support import patience
 from tests.support.farm import Farm, WorkerSpec
 
-#: Generous: it only ends a test that hangs.
-PATIENCE_S = 120.0
+#: Only ends a test that hangs.
+PATIENCE_S = patience.PATIENCE_S
 
 
 class FarmUnderFault:

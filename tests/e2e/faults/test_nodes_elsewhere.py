@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.process_tree import process_tree, signal_all
+from infra.process_tree import live_processes, process_tree, signal_all
 from tests.e2e.faults.conftest import FarmUnderFault
 from tests.support.elsewhere import Elsewhere, Program
 from tests.support.farm import Farm
@@ -72,7 +72,9 @@ class Apart(FarmUnderFault):
         self.kill_node(self.elsewhere.root / "head", "head")
 
     def kill_node(self, state: Path, record: str) -> None:
-        signal_all(process_tree(self.node(state, record)), signal.SIGKILL)
+        killed = process_tree(self.node(state, record))
+        signal_all(killed, signal.SIGKILL)
+        self.until(lambda: killed.isdisjoint(live_processes().values()))
 
     def stop(self) -> None:
         # Twice: what is left to build is of no interest.
@@ -168,7 +170,7 @@ def test_a_worker_that_is_stopped_takes_nothing_new_and_finishes(apart: Apart) -
     assert apart.left.ended() == 0
     assert apart.ended(last)["state"] == "succeeded"
     [step] = apart.farm.api(f"submissions/{last}/steps")
-    assert (step["worker"], step["attempt"]) == ("left", 1)
+    assert (step["worker"], len(apart.farm.begun(step["key"]))) == ("left", 1)
 
 
 def test_what_does_not_end_within_the_grace_is_handed_back(apart: Apart) -> None:

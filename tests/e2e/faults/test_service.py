@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.farm import Farm, WorkerSpec
+from tests.support.patience import PATIENCE_S
 
 pytestmark = pytest.mark.e2e
-
-#: Generous: it only ends a test that hangs.
-PATIENCE_S = 60.0
 
 
 def test_a_farm_whose_parent_is_process_1_ends_with_all_that_it_started(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from infra.process_tree import live_processes
 from scheduler import facts
 from scheduler.model import FailureKind
 from tests.e2e.faults.conftest import FarmUnderFault
@@ -98,7 +99,7 @@ def test_an_input_that_is_torn_out_is_fetched_again(one: FarmUnderFault) -> None
     assert one.ended(one.submit(file, "before"))["state"] == "succeeded"
     # What says that connections keep anything.
     for roots in (store(one, "left") / "nix/var/nix/temproots").iterdir():
-        roots.unlink()
+        roots.unlink(missing_ok=True)
     collect(one, "left")
     assert not physical(one, "left", torn).exists()
     view = one.ended(one.submit(file, "after"))
@@ -122,9 +123,12 @@ def nothing_failed_that_had_begun(one: FarmUnderFault) -> None:
 def kill_idle_daemons(one: FarmUnderFault, worker: str, but: int | None = None) -> None:
     """End the connections that keep paths alive, all but the one that a builder hangs on."""
     above = set(ancestors(but)) if but else set()
-    for pid in daemons_below(one.leader(f"worker-{worker}")):
-        if pid not in above:
+    idle = {pid for pid in daemons_below(one.leader(f"worker-{worker}")) if pid not in above}
+    for pid in idle:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    # What they keep alive is kept until they have ended, for which a killed process waits where the machine is busy.
+    one.until(lambda: idle.isdisjoint(live_processes()))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from infra.process_tree import live_processes, process_tree
 from scheduler import facts
 from scheduler.model import FailureKind
 from tests.e2e.faults.conftest import FarmUnderFault
+from tests.support.patience import PATIENCE_S
 from tests.support.processes import above, processes_with
 
 pytestmark = pytest.mark.e2e
@@ -34,6 +35,10 @@ class Running:
     #: Store path of its output, which stands in the environment of all its processes.
     out: str
     go: Path
+    #: Number of this attempt of its step.
+    attempt: int
+    #: How often its step had begun then.
+    runs: int
 
     def builder(self) -> list[int]:
         return processes_with(self.out)
@@ -58,7 +63,7 @@ def test_a_builder_that_is_killed_twice_has_failed(one: FarmUnderFault) -> None:
     kill(second.builder())
     assert one.ended(first.submission)["state"] == "failed"
     step = step_of(one, first.submission)
-    assert (step["failure"]["kind"], step["attempt"]) == ("killed", 2)
+    assert (step["failure"]["kind"], len(one.farm.begun(step["key"]))) == ("killed", 2)
     assert verdicts(one, "shot-twice") == {"shot-twice": [FailureKind.KILLED, FailureKind.KILLED]}
 
 
@@ -102,7 +107,7 @@ def test_an_agent_that_is_killed_takes_its_build_along_and_is_started_again(one:
     finish(one, second)
     one.farm.wait_for_workers(2)
     assert verdicts(one, "agentless") == {"agentless": [FailureKind.WORKER_LOST]}
-    lost, done = one.farm.api(f"steps/{step_of(one, first.submission)['key']}/timeline")
+    lost, done = one.farm.begun(step_of(one, first.submission)["key"])
     assert [lost["outcome"], done["outcome"]] == ["lost", "done"]
     assert lost["cut"]
     build = next(span for span in lost["spans"] if span["name"] == "build")
@@ -126,7 +131,7 @@ def test_a_node_that_is_killed_is_started_again_and_ends_the_builder_that_outliv
     kill(node - set(builder))
     second = elsewhere(one, first, builder)
     second.go.touch()
-    output, _ = client.communicate(timeout=120)
+    output, _ = client.communicate(timeout=PATIENCE_S)
     assert client.returncode == 0
     view = json.loads(output.splitlines()[-1])
     one.can_be_fetched(view)
@@ -157,20 +162,28 @@ def both_build(one: FarmUnderFault, before: str) -> None:
     assert one.ended(one.submit(file, before))["state"] == "succeeded"
 
 
-def running(one: FarmUnderFault, submission: str, name: str, ended: Iterable[int] = ()) -> Running:
-    """The build as it runs now."""
+def running(
+    one: FarmUnderFault, submission: str, name: str, ended: Iterable[int] = (), before: Running | None = None
+) -> Running:
+    """The build as it runs now, after an attempt `before`."""
+    runs = 0 if before is None else before.runs
     one.until(lambda: step_of(one, submission)["stage"] == "building")
     step = step_of(one, submission)
     out = step["outputs"]["out"]
-    one.until(lambda: set(processes_with(out)) - set(ended))
-    return Running(name, submission, step["worker"], out, one.tally / f"go-{name}")
+    one.until(lambda: set(processes_with(out)) - set(ended) and one.runs()[name] > runs)
+    return Running(name, submission, step["worker"], out, one.tally / f"go-{name}", step["attempt"], one.runs()[name])
 
 
 def elsewhere(one: FarmUnderFault, before: Running, survivors: Iterable[int] = ()) -> Running:
     """The next attempt of a build, which is on the other machine; `survivors` are processes of the one before."""
-    attempt = one.runs()[before.name]
-    one.until(lambda: one.runs()[before.name] > attempt or step_of(one, before.submission)["state"] == "failed")
-    now = running(one, before.submission, before.name, survivors)
+
+    def is_over() -> bool:
+        step = step_of(one, before.submission)
+        return bool(step["attempt"] > before.attempt or step["state"] == "failed")
+
+    # By the farm's count, since the next one may have begun before this looks.
+    one.until(is_over)
+    now = running(one, before.submission, before.name, survivors, before)
     assert now.worker != before.worker
     return now
 

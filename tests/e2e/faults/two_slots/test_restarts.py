@@ -38,10 +38,12 @@ def test_a_coordinator_killed_again_and_again_during_three_hundred_builds_builds
     assert len(runs) == SHORT_BUILDS
     assert set(runs.values()) == {1}
     assert one.runs()["top-of-short"] == 1
+    # What waited for a busy slot for too long was handed back, and is no build.
     attempts = one.farm.api(f"submissions/{submission}/timeline?limit=1000")
-    assert len(attempts) == SHORT_BUILDS + 1
+    builds = [each for each in attempts if each["outcome"] != "returned"]
+    assert len(builds) == SHORT_BUILDS + 1
     times = ("submitted_at", "ready_at", "leased_at", "built_at", "ended_at")
-    assert [each for each in attempts if each["outcome"] != "done" or None in [each[time] for time in times]] == []
+    assert [each for each in builds if each["outcome"] != "done" or None in [each[time] for time in times]] == []
 
 
 def test_a_build_goes_on_while_coordinator_and_ray_head_are_dead(one: FarmUnderFault) -> None:
@@ -57,7 +59,7 @@ def test_a_build_goes_on_while_coordinator_and_ray_head_are_dead(one: FarmUnderF
     view = one.ended(submission)
     assert view["state"] == "succeeded"
     assert one.runs()["slow"] == 1
-    [attempt] = one.farm.api(f"steps/{view['roots'][0]['step']}/timeline")
+    [attempt] = one.farm.begun(view["roots"][0]["step"])
     assert (attempt["outcome"], attempt["cut"]) == ("done", False)
     assert {span["name"] for span in attempt["spans"]} >= {"build", "pack", "upload", "verify", "publish"}
     again = one.graph('after = step "after" [] ":";')
