@@ -70,6 +70,11 @@ def head(**options: Any) -> int:
     "--min-free-mb", type=click.IntRange(0), default=512, show_default=True, help="No work while less room is left."
 )
 @click.option("--network/--no-network", default=True, help="Fetch sources here.  [default: network]")
+@click.option(
+    "--yield-to-others/--no-yield-to-others",
+    default=True,
+    help="Offer fewer slots while others keep this machine busy.  [default: yield-to-others]",
+)
 @click.option("--nix-option", "nix_options", multiple=True, nargs=2, metavar="NAME VALUE", help="Nix setting.")
 def worker(head: str, ray_token: Path, host: str, state_dir: Path, **options: Any) -> int:
     """Join this machine to a farm that runs elsewhere.

@@ -86,6 +86,14 @@ def test_units_start_commands_that_drover_has() -> None:
     assert "secrets" not in service("drover-worker")["StateDirectory"][0]
 
 
+def test_a_worker_yields_to_others_unless_it_is_told_not_to() -> None:
+    for words, yields in (([], True), (["--no-yield-to-others"], False)):
+        options = parsed([*command("drover-worker", WORKER), *words])
+        for gone in ("head", "ray_token", "host", "state_dir"):
+            options.pop(gone)
+        assert serve.worker_config({**options, "nix_options": {}}).yield_to_others is yields
+
+
 def test_a_worker_that_is_stopped_has_longer_than_its_builds() -> None:
     unit = service("drover-worker")
     grace = dict(word.split("=") for word in unit["Environment"])["DROVER_STOP_GRACE_S"]

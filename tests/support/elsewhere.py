@@ -125,12 +125,13 @@ class Elsewhere:
         self.head.start("the Ray head is ready")
 
     def worker(self, name: str, *options: str | Path, environment: Mapping[str, str] | None = None) -> Program:
-        """A worker that is not started."""
+        """A worker that is not started. All its slots are offered, also beside other tests."""
         values = {"HEAD": self.address, "ADDRESS": "127.0.0.1", "NAME": name, "WORKER_OPTIONS": ""}
         places = {"/etc/drover/ray-token": self._token, "/var/lib/drover-worker": self.root / f"worker-{name}"}
         return Program(
             self.root / f"{name}.log",
             *command("drover-worker", {**values, **places}),
+            "--no-yield-to-others",
             *options,
             environment={**self._environment, **(environment or {})},
             prefix=confined("drover-worker"),

@@ -55,7 +55,7 @@ class Divided(FarmUnderFault):
             "worker",
             *("--head", (self.farm.state / "ray-address").read_text().strip(), "--ray-token", token),
             *("--name", "far", "--host", self.link.there, "--state-dir", self.root / "far", "--slots", "1"),
-            *("--nix-option", "sandbox-paths", self.sandbox_paths),
+            *("--no-yield-to-others", "--nix-option", "sandbox-paths", self.sandbox_paths),
             environment=self.farm.environment,
             prefix=self.link.prefix(self.farm.state),
         )
