@@ -110,7 +110,8 @@ def test_a_shell_completes_nothing_and_goes_on_where_the_farm_does_not_answer(tm
                 terminal.type("drover log abc" + TAB + " && expr 10000 + 2345")
                 terminal.type(ERASE + "expr 10000 + 2345\r")
                 terminal.until(lambda: "12345" in terminal.all())
-                assert time.monotonic() - begun < 10
+                # Other commands wait for an answer, or for a farm that comes back, for five times as long and more.
+                assert time.monotonic() - begun < 60
                 said = terminal.all().removeprefix(before)
                 assert "rror" not in said
                 assert "drover:" not in said
