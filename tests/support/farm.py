@@ -126,6 +126,11 @@ class Farm:
         return self._process.pid
 
     @property
+    def runs(self) -> bool:
+        """Return whether the program was started and has not ended; on a busy machine it may not answer in time."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def up_command(self) -> list[str]:
         """Return the command that starts the farm's program."""
         return self.command("up", "--state-dir", self.state, "--listen", f"{self.host}:{self.port}", *self._config)

@@ -166,7 +166,7 @@ class FarmUnderFault:
 
     def put_right(self) -> None:
         """After a test of a farm that others use too: it runs, nothing is built, and all its workers take work."""
-        if not self.farm.health():
+        if not self.farm.runs:
             self.farm.start()
         for view in self.farm.api("submissions"):
             if view["state"] == "running":

@@ -143,7 +143,7 @@ def test_the_leader_is_killed_while_builds_run(pair: Pair) -> None:
 
 
 def test_the_leader_is_paused_and_wakes_up_in_anothers_reign(pair: Pair) -> None:
-    if not pair.other.health():
+    if not pair.other.runs:
         pair.other.start(standby=True)
     submission = pair.submit(graph(pair, "paused"), "top")
     pair.until(lambda: pair.runs()["paused-1"])
