@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.support.farm import BIN
+from tests.support.farm import BIN, PATIENT_HEAD
 from tests.support.patience import PATIENCE_S
 from tests.support.ports import free_port
 from tests.support.units import command, confined
@@ -112,7 +112,7 @@ class Elsewhere:
         self.address = f"127.0.0.1:{free_port()}"
         self._token = token
         #: As the farm's own processes are marked.
-        self._environment = {"DROVER_TEST_MARK": str(root)}
+        self._environment = {"DROVER_TEST_MARK": str(root), **PATIENT_HEAD}
         places: dict[str, str | Path] = {"/etc/drover/farm.toml": config, "/var/lib/drover/head": root / "head"}
         self.head = Program(
             root / "head.log",

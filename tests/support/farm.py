@@ -31,6 +31,9 @@ BIN = Path(sys.executable).parent
 FARMS = pytest.StashKey[list["Farm"]]()
 READY_WITHIN_S = PATIENCE_S
 STOP_WITHIN_S = PATIENCE_S
+#: For a Ray head, unless a test is about that: a machine of tests may be so busy that a node shows no sign of life for
+#: half a minute. A node that is killed is gone within seconds all the same.
+PATIENT_HEAD = {"DROVER_RAY_SILENCE_S": str(PATIENCE_S)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,7 @@ class Farm:
         self.url = f"http://{host}:{self.port}"
         self.cache_url = f"{self.url}/cache"
         self.eval_store = home / "client"
+        self._patient = {} if "ray_silence_s" in settings else PATIENT_HEAD
         self._config: tuple[str | Path, ...] = ()
         if settings or workers:
             config = root / "farm.toml"
@@ -115,6 +119,7 @@ class Farm:
     def environment(self) -> dict[str, str]:
         return {
             **(os.environ if self.user is None else self.user.environment),
+            **self._patient,
             "DROVER_URL": self.url,
             "DROVER_TOKEN_FILE": str(self.secrets / "api-token"),
             "DROVER_TEST_MARK": str(self.root),
