@@ -42,7 +42,7 @@ class SubmissionState(StrEnum):
 
 
 WorkerState: TypeAlias = Literal["online", "silent", "draining", "quarantined", "gone"]
-AttemptOutcome: TypeAlias = Literal["running", "done", "failed", "retried", "lost", "returned", "cancelled"]
+AttemptOutcome: TypeAlias = Literal["running", "done", "failed", "retried", "lost", "returned", "moved", "cancelled"]
 IsolationClass: TypeAlias = Literal["A", "B", "C"]
 WaitingKind: TypeAlias = Literal[
     "steps",

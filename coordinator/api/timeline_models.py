@@ -39,8 +39,8 @@ class AttemptView:
     """One attempt of a step with its timeline. None: not known, because nothing measured it; never 0 instead.
 
     `outcome` is `running`, `done`, `failed` (for good), `retried` (the farm may be at fault), `lost` (the worker was),
-    `returned` (handed back) or `cancelled`; `reason` and `message` say why it failed. `spans` are `inputs`, `build`,
-    `pack`, `upload`, `verify` and `publish`, as far as it came; between two of them it waited.
+    `returned` (handed back), `moved` (to a faster worker) or `cancelled`; `reason` and `message` say why it failed.
+    `spans` are `inputs`, `build`, `pack`, `upload`, `verify` and `publish`, as far as it came; between them it waited.
     """
 
     step: str

@@ -33,6 +33,7 @@ _ENDINGS = {
     "retried": "failed; it is tried again",
     "lost": "the worker was lost",
     "returned": "handed back",
+    "moved": "stopped, because a faster worker has it now",
     "cancelled": "stopped, because it is no longer wanted",
 }
 

@@ -31,6 +31,7 @@ _TASK_RESULTS: Final[Mapping[str, str]] = {
     "retried": "error",
     "lost": "error",
     "returned": "cancellation",
+    "moved": "cancellation",
     "cancelled": "cancellation",
 }
 _TIMEOUTS: Final = frozenset({FailureKind.TIMEOUT.value, FailureKind.SILENCE.value})

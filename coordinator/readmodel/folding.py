@@ -345,7 +345,7 @@ class FoldedRows(LeaseReports):
     def _revoked(self, fact: facts.LeaseRevoked) -> None:
         self._at = max(self._at, fact.at)
         row = self._row(fact.lease.step)
-        self.timelines.revoked(row.key, fact.at, fact.failure, _wanted_by(row))
+        self.timelines.revoked(row.key, fact.at, fact.failure, _wanted_by(row), moved=fact.moved)
         life = row.mutable_life()
         life.clear_builder()
         if is_fault(fact.failure.kind) or fact.failure.kind is FailureKind.INPUT_LOST:

@@ -118,6 +118,8 @@ def _after(previous: AttemptTiming) -> str:
         "retried": f"{before} failed{because}",
         "lost": f"the worker{on} of {before} was lost",
         "returned": f"{before} was handed back{because}",
+        "moved": f"{before} was stopped for another one elsewhere"
+        + (f": {previous.message}" if previous.message else ""),
         "cancelled": f"{before} was stopped while no submission wanted it; later one did again",
     }
     return sentences[previous.outcome] if previous.outcome else f"the end of {before} is not known"

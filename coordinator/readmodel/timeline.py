@@ -130,9 +130,12 @@ class Timelines:
         """The recipe in use failed for good."""
         self._end(step, at, "failed", wanted_by, failure)
 
-    def revoked(self, step: str, at: float, failure: Failure, wanted_by: Iterable[str] = ()) -> None:
-        """The lease ended without a verdict."""
-        self._end(step, at, _ENDINGS.get(failure.kind, "retried"), wanted_by, failure)
+    def revoked(
+        self, step: str, at: float, failure: Failure, wanted_by: Iterable[str] = (), *, moved: bool = False
+    ) -> None:
+        """The lease ended without a verdict; `moved`: for one on a faster worker."""
+        outcome = "moved" if moved else _ENDINGS.get(failure.kind, "retried")
+        self._end(step, at, outcome, wanted_by, failure)
 
     # What workers send, and what publishing records.
 

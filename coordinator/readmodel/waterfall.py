@@ -21,7 +21,7 @@ CRUMB_S: Final = 1e-6
 #: Kinds of attempts that run, and of those whose end the store has lost; the others have their outcome as their kind.
 RUNNING, UNKNOWN = "running", "unknown"
 #: All kinds, as they are piled up: what went wrong is on top.
-KINDS: Final = (OTHER, "done", RUNNING, "returned", "cancelled", "retried", "lost", "failed", UNKNOWN)
+KINDS: Final = (OTHER, "done", RUNNING, "returned", "moved", "cancelled", "retried", "lost", "failed", UNKNOWN)
 
 
 @dataclass(slots=True)

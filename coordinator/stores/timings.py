@@ -57,7 +57,7 @@ BUSY_TIMEOUT_MS: Final = 1_000
 #: Outcomes that say something of a worker: a build that was handed back or stopped does not.
 JUDGED: Final = ("done", "failed", "retried", "lost")
 
-Outcome = Literal["done", "failed", "retried", "lost", "returned", "cancelled"]
+Outcome = Literal["done", "failed", "retried", "lost", "returned", "moved", "cancelled"]
 
 
 class TimingsError(CoordinatorError):

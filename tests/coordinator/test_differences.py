@@ -140,18 +140,19 @@ async def test_what_changes_no_output_is_no_cause_and_what_is_too_large_is_left_
 
 
 def test_each_attempt_has_the_reason_that_the_one_before_left() -> None:
-    outcomes: list[Outcome | None] = ["retried", "lost", "returned", "cancelled", "failed", "done", None]
+    outcomes: list[Outcome | None] = ["retried", "lost", "returned", "moved", "cancelled", "failed", "done", None]
     timings = [AttemptTiming("s", number, worker="w", outcome=outcome) for number, outcome in enumerate(outcomes, 1)]
     timings[0].reason, timings[0].message = "killed", "by signal 9"
-    assert [each.reason for each in run_reasons([*timings, AttemptTiming("s", 8)])] == [
+    assert [each.reason for each in run_reasons([*timings, AttemptTiming("s", 9)])] == [
         "a submission wanted it, and the farm's cache lacked its outputs",
         "attempt 1 failed (killed): by signal 9",
         "the worker w of attempt 2 was lost",
         "attempt 3 was handed back",
-        "attempt 4 was stopped while no submission wanted it; later one did again",
-        "attempt 5 failed for good; later it was asked for again",
-        "attempt 6 had built it, and the cache has lost or collected an output since",
-        "the end of attempt 7 is not known",
+        "attempt 4 was stopped for another one elsewhere",
+        "attempt 5 was stopped while no submission wanted it; later one did again",
+        "attempt 6 failed for good; later it was asked for again",
+        "attempt 7 had built it, and the cache has lost or collected an output since",
+        "the end of attempt 8 is not known",
     ]
     assert run_reasons(timings[3:])[0].reason == "earlier attempts are no longer remembered"
 

@@ -142,7 +142,7 @@ def recounted(rows: list[AttemptTiming]) -> list[WorkerCounts]:
 
 async def test_a_worker_is_compared_at_packages_that_others_tried_and_at_recipes_that_succeeded(url: str) -> None:
     chosen = random.Random(7)
-    outcomes = ["done", "done", "done", "failed", "retried", "lost", "returned", "cancelled"]
+    outcomes = ["done", "done", "done", "failed", "retried", "lost", "returned", "moved", "cancelled"]
     async with opened(url) as store:
         rows: list[AttemptTiming] = []
         for number in range(400):

@@ -71,7 +71,7 @@ def test_an_attempt_and_its_step_are_a_tree_below_the_submission() -> None:
     assert spans[0].begin == 1.0, "the submission begins with what its client did"
 
 
-@given(st.sampled_from(["done", "failed", "retried", "lost", "returned", "cancelled"]), st.booleans())
+@given(st.sampled_from(["done", "failed", "retried", "lost", "returned", "moved", "cancelled"]), st.booleans())
 def test_spans_have_ids_of_their_own_and_lie_within_their_trace(outcome: Outcome, measured: bool) -> None:
     spans = list(attempt_spans(timing(outcome=outcome, **({} if measured else {"measured": None})), [ONE, TWO]))
     contexts = [(span.trace_id, span.span_id) for span in spans]
@@ -121,6 +121,13 @@ def test_an_attempt_that_is_followed_by_another_ends_no_step() -> None:
     assert (attempt.parent_id, attempt.error) == (ONE.step("key").span_id, "worker_lost")
     assert attempt.attributes[names.CUT.name] is True
     assert attempt.attributes[names.TASK_RESULT.name] == "error"
+
+
+def test_an_attempt_that_moves_to_a_faster_worker_ends_no_step() -> None:
+    [attempt, *rest] = attempt_spans(timing(outcome="moved", reason="cancelled", message="two is faster"), [ONE])
+    assert attempt.attributes[names.TASK_RESULT.name] == "cancellation"
+    assert attempt.error == "two is faster"
+    assert not [span for span in rest if span.name.startswith("step ")]
 
 
 def test_a_step_that_is_cancelled_while_it_runs_ends_in_every_trace_that_wants_it() -> None:

@@ -15,8 +15,19 @@ from coordinator.readmodel.clock_offsets import ClockOffset, sample_of
 from coordinator.readmodel.timeline import Timelines
 from coordinator.readmodel.views import Views
 from coordinator.stores.timings import AttemptTiming
+from scheduler.facts import LeaseRevoked, StepAdded, StepLeased
 from scheduler.farm import Farm
-from scheduler.model import Failure, FailureKind
+from scheduler.model import (
+    BuilderId,
+    Failure,
+    FailureKind,
+    Instant,
+    LeaseId,
+    Recipe,
+    Requirements,
+    StepKey,
+    StepSpec,
+)
 from workers.wire.measures import BuildPhase, InputFetch, Measures, Span
 from workers.wire.messages import Failed, Report, Stage, StageChange
 
@@ -242,6 +253,22 @@ def test_an_attempt_whose_worker_is_lost_ends_with_what_it_had_sent_until_then()
     assert row.measured.cut
     assert row.measured.spans == [("inputs", 101.0, 2.0), ("build", 103.0, 27.0)]
     assert row.measured.phases == [("unpackPhase", 104.0, 1.0), ("buildPhase", 105.0, 25.0)]
+
+
+@pytest.mark.parametrize(("moved", "outcome"), [(True, "moved"), (False, "cancelled")])
+def test_an_attempt_that_moves_to_a_faster_worker_is_not_taken_for_one_that_is_no_longer_wanted(
+    moved: bool, outcome: str
+) -> None:
+    views, key, builder = Views(Silent()), StepKey("x"), BuilderId("slow")
+    lease, why = LeaseId(key, 1), Failure(FailureKind.CANCELLED, "fast is faster")
+    views.fold(
+        [
+            StepAdded(StepSpec(key, (Recipe(Requirements("sys")),))),
+            StepLeased(lease, builder, 0, Instant(3.0)),
+            LeaseRevoked(lease, builder, why, Instant(0.0), at=Instant(9.0), moved=moved),
+        ]
+    )
+    assert [(row.outcome, row.message) for row in rows_of(views).values()] == [(outcome, "fast is faster")]
 
 
 def test_beyond_its_bound_the_fold_drops_the_oldest_attempt_and_counts_it() -> None:

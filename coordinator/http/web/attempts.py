@@ -18,7 +18,7 @@ STRETCHES: Final = ("waiting", "inputs", "build", "pack", "upload", "verify", "p
 #: Inputs that are listed of each attempt.
 FETCHES_SHOWN: Final = 20
 #: Outcomes that are not said by their own word.
-_ENDINGS: Final = {"retried": "failed, tried again", "returned": "handed back"}
+_ENDINGS: Final = {"retried": "failed, tried again", "returned": "handed back", "moved": "moved to a faster worker"}
 _RECT: Final = Markup('<rect class="span-{}" x="{:.1f}" width="{:.1f}" height="8"><title>{}</title></rect>')
 _BAR: Final = Markup(
     '<svg class="bar" viewBox="0 0 {} 8" preserveAspectRatio="none" role="img" aria-label="{}">{}</svg>'

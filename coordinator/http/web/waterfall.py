@@ -120,6 +120,7 @@ KIND_TEXTS: Final[Mapping[str, str]] = {
     "done": "done",
     "running": "runs",
     "returned": "handed back",
+    "moved": "moved to a faster worker",
     "cancelled": "cancelled",
     "retried": "failed, tried again",
     "lost": "lost with its worker",
