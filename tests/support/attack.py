@@ -42,12 +42,21 @@ class ProcessGauge:
 
     @property
     def rss_bytes(self) -> int:
-        return self._status_bytes("VmRSS")
+        return self.rss_and_peak_bytes[0]
 
     @property
     def peak_rss_bytes(self) -> int:
         """Most resident memory since the start or `reset_peak`."""
-        return self._status_bytes("VmHWM")
+        return self.rss_and_peak_bytes[1]
+
+    @property
+    def rss_and_peak_bytes(self) -> tuple[int, int]:
+        """Both at one moment: the kernel raises its peak now and then only, so a later one may be below `rss_bytes`."""
+        status = (self._proc / "status").read_text()
+        now, peak = (re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE) for field in ("VmRSS", "VmHWM"))
+        assert now is not None
+        assert peak is not None
+        return int(now[1]) * 1024, int(peak[1]) * 1024
 
     @property
     def descriptors(self) -> int:
@@ -55,11 +64,6 @@ class ProcessGauge:
 
     def reset_peak(self) -> None:
         (self._proc / "clear_refs").write_text("5")
-
-    def _status_bytes(self, field: str) -> int:
-        found = re.search(rf"^{field}:\s+(\d+) kB$", (self._proc / "status").read_text(), re.MULTILINE)
-        assert found is not None
-        return int(found[1]) * 1024
 
 
 class FarmUnderAttack(Farm):
