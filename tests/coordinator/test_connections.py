@@ -147,7 +147,7 @@ async def test_downloads_of_strangers_leave_room() -> None:
 
 @pytest.mark.parametrize("sent", [b"", b"GET /quick HTTP/1.1\r\nHost: local"])
 async def test_a_head_comes_in_time(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEAD_S", 0.2)
+    monkeypatch.setattr(connections, "HEAD_S", 1.0)
     async with serve(ConnectionBounds(8, 8)) as site:
         fresh, kept = await site.connect(), await site.connect("/quick")
         assert await kept.status() == 200
