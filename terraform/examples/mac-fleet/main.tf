@@ -2,6 +2,7 @@
 # network (a VPN, or the provider's). `ray-token` is a copy of the coordinator's.
 variable "source_url" { type = string }
 variable "source_sha256" { type = string }
+# The ECDSA one of each, which Terraform asks a Mac for: `ssh-keyscan -t ecdsa HOST`, compared with the file on the Mac.
 variable "host_keys" { type = map(string) }
 
 module "macs" {
