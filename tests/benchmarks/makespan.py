@@ -138,6 +138,11 @@ class CoreRebuild:
             self._call(submission)
         measured_at = 0.0
         while self._ends:
+            _, step, order = self._ends[0]
+            if self._begun[step][0].lease != order.lease:
+                # It moved: the rebuild does not last until it would have ended where it was.
+                heappop(self._ends)
+                continue
             deadline = self._farm.deadline()
             first = self._ends[0][0]
             if deadline is not None and deadline < first:
@@ -147,8 +152,6 @@ class CoreRebuild:
             if self._ends_foreseen.is_due(len(self.played.builds)):
                 self._ends_foreseen.look(self._farm, self._measured, self._now)
             self._now, step, order = heappop(self._ends)
-            if self._begun[step][0].lease != order.lease:
-                continue
             self._note(step, order)
             self._call(BuildSucceeded(order.lease, order.builder, b"", int(self._rebuild.sizes[step])))
             if self._now >= measured_at + max(MEASURE_EVERY_S, self._now * MEASURE_PART):
