@@ -27,6 +27,10 @@ class StoreUnreachableError(ObjectStoreError):
     """This machine does not see the farm's object store, only (at most) one of the same name."""
 
 
+class WrongNarError(CacheError):
+    """A NAR is another one than was promised."""
+
+
 class CorruptNarError(CacheError):
     """An object is not the NAR that was promised. `store_path` is the full path, `reason` one clause."""
 

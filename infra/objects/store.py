@@ -17,7 +17,7 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,6 +38,7 @@ from infra.objects.errors import (
     StoreFullError,
     StoreUnreachableError,
 )
+from infra.objects.object_files import create, put_file, rename, write_all
 
 if TYPE_CHECKING:
     from obstore import BytesStream
@@ -337,12 +338,32 @@ class LocalObjectStore(ObjectStore):
     def put_now(self, key: str, data: bytes) -> None:
         """Do the work of `put_bytes`, for loops over many keys in a thread."""
         with self._errors("write", key):
-            _put_file(self._path(incoming_key()), self._path(key), data)
+            put_file(self._path(incoming_key()), self._path(key), data)
+
+    def put_pieces_now(self, pieces: Iterable[bytes], key: Callable[[], str]) -> None:
+        """Write an object of any size in a thread; `key` names it at its end. Where either raises, nothing is left."""
+        staged = self._path(incoming_key())
+        try:
+            with self._errors("write", "an object"):
+                descriptor = create(staged)
+            try:
+                for piece in pieces:
+                    with self._errors("write", "an object"):
+                        write_all(descriptor, piece)
+            finally:
+                os.close(descriptor)
+            final = self._path(key())
+            with self._errors("rename", "an object"):
+                rename(staged, final)
+        except BaseException:
+            with suppress(OSError):
+                staged.unlink()
+            raise
 
     async def rename(self, source: str, target: str) -> None:
         """Move an object, replacing what was at `target`."""
         with self._errors("rename", check_key(source)):
-            _rename(self._path(source), self._path(target))
+            rename(self._path(source), self._path(target))
 
     async def head(self, key: str) -> int | None:
         """Return an object's size, None if there is none."""
@@ -444,36 +465,3 @@ def _stale_files(directory: Path, before: float) -> list[Path]:
 def _unlink_all(files: Iterable[Path]) -> None:
     for file in files:
         file.unlink(missing_ok=True)
-
-
-def _put_file(staged: Path, final: Path, data: bytes) -> None:
-    try:
-        _write_new(staged, data)
-        _rename(staged, final)
-    except BaseException:
-        with suppress(OSError):
-            staged.unlink()
-        raise
-
-
-def _write_new(path: Path, data: bytes) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags, 0o644)
-    except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, flags, 0o644)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(descriptor, view) :]
-    finally:
-        os.close(descriptor)
-
-
-def _rename(source: Path, target: Path) -> None:
-    try:
-        source.replace(target)
-    except FileNotFoundError:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        source.replace(target)

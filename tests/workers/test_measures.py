@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import threading
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from itertools import pairwise
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra.daemon import ControlGroups, DaemonConnection
+from infra.daemon import ControlGroups
 from infra.daemon.usage import Account, used_between
-from workers.agent import build, outbox
+from infra.nar_files import dump
+from tests.support.patience import PATIENCE_S
+from workers.agent import build, outbox, output_reader
 from workers.agent.attempt_record import AttemptRecord, Fetched, FetchLog
 from workers.agent.inputs import FarmSources
 from workers.agent.outbox import Outbox
@@ -95,6 +98,24 @@ def held_up(name: str, monkeypatch: pytest.MonkeyPatch, on: type, after: int) ->
     return let_go
 
 
+def reading_held_up(monkeypatch: pytest.MonkeyPatch, after: int) -> threading.Event:
+    """Have the files of an output be read, after so many bytes, once the event is set."""
+    let_go = threading.Event()
+
+    def pieces(at: Path, *, case_hack: bool) -> Iterator[bytes]:
+        given = 0
+        for chunk in dump(at, case_hack=case_hack):
+            for start in range(0, len(chunk), 65536):
+                yield chunk[start : start + 65536]
+                given += 65536
+                if given >= after:
+                    let_go.wait(PATIENCE_S)
+
+    monkeypatch.setattr(output_reader, "dump", pieces)
+    monkeypatch.setattr(output_reader, "COUNTED_BYTES", 65536)
+    return let_go
+
+
 async def test_while_bytes_move_the_answers_to_polls_say_how_many(
     bench: AgentHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +125,7 @@ async def test_while_bytes_move_the_answers_to_polls_say_how_many(
     [made] = await one.build(order(large))
     [output] = bench.publish(made)
     coming = held_up("nar", monkeypatch, FarmSources, 65536)
-    going = held_up("nar_from_path", monkeypatch, DaemonConnection, 65536)
+    going = reading_held_up(monkeypatch, 65536)
     copies = order(drv("copies", f"cat {output.path} > $out; echo >> $out"), [output.path])
 
     def transfers() -> list[Transfer]:

@@ -36,7 +36,8 @@ from workers.agent.lease_machine import Trouble, WorkerMachine
 from workers.agent.lease_runner import LeaseRunner
 from workers.agent.orphans import MARK, sweep_earlier_agents
 from workers.agent.outbox import Outbox
-from workers.agent.outputs import READERS, OutputError, deliver
+from workers.agent.output_reader import READERS, OutputError, OutputReader
+from workers.agent.outputs import deliver
 from workers.agent.settings import HostSpec, WorkerSettings, daemon_argv, inspect_host, load_settings, offer
 from workers.errors import WorkerError
 from workers.wire.grades import IsolationGrade
@@ -124,6 +125,7 @@ class Agent:
         self._guard: InputGuard
         self._inputs: InputFetcher
         self._readers: SessionPool
+        self._outputs: OutputReader
         self._leases: LeaseRunner
 
     async def __aenter__(self) -> Self:
@@ -272,8 +274,9 @@ class Agent:
             return []
         try:
             async with self._readers.use() as connection:
-                wanted = {path: path for path in sorted(await connection.query_valid_paths(paths))}
-            outputs = await deliver(self._readers, lambda: sources, wanted, token, within_s=0.0, waits=lambda _: None)
+                valid = sorted(await connection.query_valid_paths(paths))
+            wanted = await self._outputs.infos(valid)
+            outputs = await deliver(self._outputs, lambda: sources, wanted, token, within_s=0.0, waits=lambda _: None)
         except (OutputError, DaemonError) as error:
             raise AgentError(f"worker {self.name} cannot send what it has: {error}") from error
         return [output.dump() for output in outputs]
@@ -302,6 +305,7 @@ class Agent:
 
                 self._slots = sessions.add(builders, self._offer.slots)
                 self._readers = SessionPool(sessions.add(opener, READERS))
+                self._outputs = OutputReader(self._readers, where.physical_store)
                 [roots], transfers = sessions.add(opener, 1), SessionPool(sessions.add(opener, TRANSFERS))
                 [trials] = sessions.add(builders, 1)
                 canary = Canary(self._native(), where.store_dir, where.physical_store, where.state_dir)
@@ -354,7 +358,7 @@ class Agent:
             self._outbox,
             group,
             slots=self._slots,
-            readers=self._readers,
+            outputs=self._outputs,
             inputs=self._inputs,
             guard=self._guard,
             health=self._health,

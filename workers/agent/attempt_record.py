@@ -50,15 +50,19 @@ class Moving:
     #: The path whose bytes moved last; "" before the first.
     path: str = ""
 
+    def add(self, path: str, size: int) -> None:
+        """Count bytes of a path."""
+        self.done_bytes += size
+        self.path = path
+        self.notify()
+
     async def counted(self, chunks: AsyncIterable[bytes], path: str) -> AsyncGenerator[bytes, None]:
         """Yield the chunks of a path and count them; what breaks off counts for nothing."""
         whole, counted = False, 0
         try:
             async for chunk in chunks:
                 counted += len(chunk)
-                self.done_bytes += len(chunk)
-                self.path = path
-                self.notify()
+                self.add(path, len(chunk))
                 yield chunk
             whole = True
         finally:

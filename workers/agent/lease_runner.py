@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -19,6 +19,7 @@ from typing import Any
 from infra.clock import Clock
 from infra.daemon import BasicDerivation, DaemonError, DaemonOperationError
 from infra.nix.errors import NixError
+from infra.nix.path_info import PathInfo
 from workers.agent.attempt_record import AttemptRecord, Moving
 from workers.agent.build import (
     ConnectionLostError,
@@ -29,7 +30,7 @@ from workers.agent.build import (
     required_features,
 )
 from workers.agent.build_cores import BuildCores
-from workers.agent.daemon_pool import DaemonSession, DaemonUnreachableError, SessionPool
+from workers.agent.daemon_pool import DaemonSession, DaemonUnreachableError
 from workers.agent.health import HealthWatch
 from workers.agent.input_guard import InputChangedError, InputCollectedError, InputGuard, MendingError
 from workers.agent.inputs import FarmSources, InputError, InputFetcher
@@ -49,7 +50,8 @@ from workers.agent.lease_machine import (
 )
 from workers.agent.orphans import sweep_orphans
 from workers.agent.outbox import Outbox
-from workers.agent.outputs import UPLOAD_WITHIN_S, OutputError, deliver, nar_size
+from workers.agent.output_reader import OutputError, OutputReader
+from workers.agent.outputs import UPLOAD_WITHIN_S, deliver
 from workers.errors import WorkerError
 from workers.wire.messages import MAX_TRANSFERS, Failed, LeaseOrder, Report, Stage, StageChange, Succeeded
 
@@ -118,7 +120,7 @@ class LeaseRunner:
         group: asyncio.TaskGroup,
         *,
         slots: Sequence[DaemonSession],
-        readers: SessionPool,
+        outputs: OutputReader,
         inputs: InputFetcher,
         guard: InputGuard,
         health: HealthWatch,
@@ -132,7 +134,7 @@ class LeaseRunner:
         self._outbox = outbox
         self._group = group
         self._slots = slots
-        self._readers = readers
+        self._outputs = outputs
         self._inputs = inputs
         self._guard = guard
         self._health = health
@@ -338,8 +340,7 @@ class LeaseRunner:
             await self._build(key, run, await run.slot, derivation)
             self._advance()
             self._tell_stage(key, Stage.UPLOADING)
-            await self._check_size(derivation, order.limits.output_bytes)
-            return await self._upload(key, run, derivation, sources)
+            return await self._upload(key, run, await self._built(derivation, order.limits.output_bytes), sources)
         except RecipeBrokeDaemonError as error:
             raise _Stopped(judge_trouble(error.trouble, str(error))) from None
         except InputError as error:
@@ -427,20 +428,23 @@ class LeaseRunner:
         await self._guard.mend(self._sources)
         self._health.doubt()
 
-    async def _check_size(self, derivation: BasicDerivation, limit_bytes: int) -> None:
-        paths = [output.path for output in derivation.outputs]
-        if limit_bytes and (size := await nar_size(self._readers, paths)) > limit_bytes:
+    async def _built(self, derivation: BasicDerivation, limit_bytes: int) -> dict[str, PathInfo]:
+        """Return what the store knows of the outputs, by name; `limit_bytes` of all together, 0 for any."""
+        infos = await self._outputs.infos([output.path for output in derivation.outputs])
+        size = sum(info.nar_size for info in infos.values())
+        if limit_bytes and size > limit_bytes:
             detail = f"{size} bytes, and at most {limit_bytes} are allowed"
             raise _Stopped(judge_trouble(Trouble.OUTPUT_TOO_LARGE, detail))
+        return {output.name: infos[output.path] for output in derivation.outputs}
 
-    async def _upload(self, key: LeaseKey, run: _Run, derivation: BasicDerivation, sources: FarmSources) -> Succeeded:
+    async def _upload(self, key: LeaseKey, run: _Run, built: Mapping[str, PathInfo], sources: FarmSources) -> Succeeded:
         moving = Moving(notify=self._outbox.moved)
         with run.record.delivery() as packed, run.record.transfer("upload", (moving,)):
             outputs = await deliver(
-                self._readers,
+                self._outputs,
                 # Another coordinator may take over meanwhile: outputs go to the one that leads then.
                 lambda: self._sources() or sources,
-                {output.name: output.path for output in derivation.outputs},
+                built,
                 run.order.upload_token,
                 within_s=UPLOAD_WITHIN_S,
                 waits=lambda why: self._tell_stage(key, Stage.UPLOADING, why[:MAX_MESSAGE]),
