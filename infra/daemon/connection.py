@@ -12,7 +12,6 @@ a build is stopped: the daemon notices within about 20 ms and kills the builder.
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from enum import IntEnum
 from types import TracebackType
 from typing import Final, Self
 
@@ -25,7 +24,6 @@ from infra.daemon.errors import (
     DaemonGone,
     DaemonOperationError,
     DaemonProtocolError,
-    DaemonUnsupportedError,
 )
 from infra.daemon.events import BuildEvent, BuildListener
 from infra.daemon.framed import Upload, checked_nar, many_paths, send_framed
@@ -43,21 +41,20 @@ from infra.daemon.values import (
 )
 from infra.daemon.wire import (
     CLIENT_MAGIC,
+    CLIENT_VERSION,
     MAX_LIST_ITEMS,
     SERVER_MAGIC,
     Encoder,
     Inbox,
     IncompleteError,
     Last,
+    Operation,
     Refusal,
+    agreed_version,
 )
 from infra.daemon.wire import Message as WireMessage
 from infra.nix.path_info import PathInfo
 
-#: Version this client announces: 1.38, the number at which the protocol is frozen.
-CLIENT_VERSION: Final = 0x126
-#: Oldest server: 1.32 (Nix 2.4) is the first with AddMultipleToStore.
-OLDEST_MINOR: Final = 32
 #: How long a daemon may take to answer the handshake; a new `nix-daemon --stdio` opens its store first.
 HANDSHAKE_S: Final = 30.0
 #: Most features that a server may announce.
@@ -67,6 +64,8 @@ NAR_CHUNK_BYTES: Final = 1024 * 1024
 #: How often a root is requested that a collector which ends at that moment refuses, and seconds between two requests.
 ROOT_TRIES = 5
 ROOT_PAUSE_S = 0.05
+#: Roots requested before the first answer is read: the answers fit into a pipe.
+ROOTS_AT_ONCE = 256
 #: What such a refusal names (libstore, LocalStore::addTempRoot).
 COLLECTOR_SOCKET = "gc-socket"
 #: Garbage collection without a limit.
@@ -74,22 +73,6 @@ NO_LIMIT: Final = (1 << 64) - 1
 
 _NAR_BEGINNING: Final = b"\x0d\0\0\0\0\0\0\0nix-archive-1\0\0\0"
 _NAR_END: Final = b"\x01\0\0\0\0\0\0\0)\0\0\0\0\0\0\0"
-
-
-class Operation(IntEnum):
-    """The requests that this client makes, by the numbers of the protocol."""
-
-    IS_VALID_PATH = 1
-    ADD_TEMP_ROOT = 11
-    SET_OPTIONS = 19
-    COLLECT_GARBAGE = 20
-    QUERY_PATH_INFO = 26
-    QUERY_VALID_PATHS = 31
-    BUILD_DERIVATION = 36
-    ADD_SIGNATURES = 37
-    NAR_FROM_PATH = 38
-    ADD_TO_STORE_NAR = 39
-    ADD_MULTIPLE_TO_STORE = 44
 
 
 async def open_stdio(
@@ -267,20 +250,35 @@ class DaemonConnection:
 
     async def add_temp_roots(self, paths: Iterable[str]) -> None:
         """Keep paths, present or not, from garbage collection for as long as this connection lives."""
-        for path in paths:
-            for left in reversed(range(ROOT_TRIES)):
-                try:
-                    await self._add_temp_root(path)
-                    break
-                except DaemonOperationError as error:
-                    # Nix 2.8 sends the root to a running collector over a socket; after its end none listens there.
-                    if not left or COLLECTOR_SOCKET not in str(error):
-                        raise
-                await asyncio.sleep(ROOT_PAUSE_S)
+        left = list(paths)
+        for tries in reversed(range(ROOT_TRIES)):
+            refused: dict[str, DaemonOperationError] = {}
+            for first in range(0, len(left), ROOTS_AT_ONCE):
+                refused |= await self._add_temp_roots(left[first : first + ROOTS_AT_ONCE])
+            if not refused:
+                return
+            left = list(refused)
+            for error in refused.values():
+                # Nix 2.8 sends the root to a running collector over a socket; after its end none listens there.
+                if not tries or COLLECTOR_SOCKET not in str(error):
+                    raise error
+            await asyncio.sleep(ROOT_PAUSE_S)
 
-    async def _add_temp_root(self, path: str) -> None:
-        async with self._request(Encoder().integer(Operation.ADD_TEMP_ROOT).string(path)):
-            await self._channel.decode(Inbox.read_int)
+    async def _add_temp_roots(self, paths: Sequence[str]) -> dict[str, DaemonOperationError]:
+        """Request all before the first is answered; return those that were refused."""
+        refused: dict[str, DaemonOperationError] = {}
+        requests = (Encoder().integer(Operation.ADD_TEMP_ROOT).string(path).getvalue() for path in paths)
+        async with self._guarded():
+            async with self._noticing_silence():
+                await self._channel.send(b"".join(requests))
+            for path in paths:
+                try:
+                    async with self._noticing_silence():
+                        await self._until_last(_ignore)
+                        await self._channel.decode(Inbox.read_int)
+                except DaemonOperationError as error:
+                    refused[path] = error
+        return refused
 
     async def build_derivation(
         self,
@@ -397,13 +395,7 @@ class DaemonConnection:
             if await channel.decode(Inbox.read_int) != SERVER_MAGIC:
                 raise DaemonProtocolError("the peer is not a Nix daemon")
             server = await channel.decode(Inbox.read_int)
-            major, minor = server >> 8, server & 0xFF
-            if major != CLIENT_VERSION >> 8 or minor < OLDEST_MINOR:
-                raise DaemonUnsupportedError(
-                    f"the daemon speaks protocol {major}.{minor}; 1.{OLDEST_MINOR} (Nix 2.4) or later is needed"
-                )
-            minor = min(minor, CLIENT_VERSION & 0xFF)
-            self.version = (major, minor)
+            self.version = _, minor = agreed_version(server)
             if minor >= 38:
                 await channel.send(Encoder().strings(()).getvalue())
                 await channel.words("features", MAX_FEATURES)
@@ -440,14 +432,20 @@ class DaemonConnection:
     ) -> AsyncIterator[None]:
         """Send a request and wait for its success; the block reads the reply."""
         async with self._guarded():
-            before = self._channel.received
-            try:
+            async with self._noticing_silence():
                 await self._channel.send(request.getvalue())
                 await self._until_last(on_message or _ignore)
-            except DaemonGone as error:
-                error.unanswered = self._channel.received == before
-                raise
             yield
+
+    @asynccontextmanager
+    async def _noticing_silence(self) -> AsyncIterator[None]:
+        """Mark a `DaemonGone` as unanswered if nothing came within the block."""
+        before = self._channel.received
+        try:
+            yield
+        except DaemonGone as error:
+            error.unanswered = self._channel.received == before
+            raise
 
     async def _until_last(self, on_message: Callable[[WireMessage], Awaitable[object] | None]) -> None:
         """Pass messages on until the daemon reports that the request succeeded."""

@@ -17,14 +17,19 @@ of 8; a list is a count and its items; a map is a count and key, value pairs. St
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Final, Self, TypeVar
 
-from infra.daemon.errors import DaemonError, DaemonProtocolError
+from infra.daemon.errors import DaemonError, DaemonProtocolError, DaemonUnsupportedError
 
 #: Magic number that a client sends first ("nixc").
 CLIENT_MAGIC: Final = 0x6E697863
 #: Magic number that a server answers ("dxio").
 SERVER_MAGIC: Final = 0x6478696F
+#: Version this client announces: 1.38, the number at which the protocol is frozen.
+CLIENT_VERSION: Final = 0x126
+#: Oldest server: 1.32 (Nix 2.4) is the first with AddMultipleToStore.
+OLDEST_MINOR: Final = 32
 
 #: Longest log line, error message or other free text that is kept; what is longer is cut, and says so at its end.
 MAX_TEXT_BYTES: Final = 1024 * 1024
@@ -71,6 +76,32 @@ _ZEROS = bytes(8)
 _PADDING: Final = tuple(bytes(-length % 8) for length in range(8))
 
 _T = TypeVar("_T")
+
+
+class Operation(IntEnum):
+    """The requests that this client makes, by the numbers of the protocol."""
+
+    IS_VALID_PATH = 1
+    ADD_TEMP_ROOT = 11
+    SET_OPTIONS = 19
+    COLLECT_GARBAGE = 20
+    QUERY_PATH_INFO = 26
+    QUERY_VALID_PATHS = 31
+    BUILD_DERIVATION = 36
+    ADD_SIGNATURES = 37
+    NAR_FROM_PATH = 38
+    ADD_TO_STORE_NAR = 39
+    ADD_MULTIPLE_TO_STORE = 44
+
+
+def agreed_version(server: int) -> tuple[int, int]:
+    """Return the (major, minor) that both speak, this client and a server. Raises `DaemonUnsupportedError`."""
+    major, minor = server >> 8, server & 0xFF
+    if major != CLIENT_VERSION >> 8 or minor < OLDEST_MINOR:
+        raise DaemonUnsupportedError(
+            f"the daemon speaks protocol {major}.{minor}; 1.{OLDEST_MINOR} (Nix 2.4) or later is needed"
+        )
+    return major, min(minor, CLIENT_VERSION & 0xFF)
 
 
 class IncompleteError(DaemonError):

@@ -20,6 +20,7 @@ from infra.daemon import (
     Upload,
     open_socket,
 )
+from infra.daemon.connection import ROOTS_AT_ONCE
 from infra.daemon.wire import SERVER_MAGIC, TAG_ERROR, TAG_LAST, TAG_RESULT, TAG_START_ACTIVITY, Encoder
 from infra.nix.hashing import sha256_text
 from infra.nix.path_info import PathInfo
@@ -133,6 +134,32 @@ async def test_a_root_that_an_ending_collector_refuses_is_requested_again(socket
         await connection.add_temp_roots([PATH])
         with pytest.raises(DaemonOperationError, match="the disk is full"):
             await connection.add_temp_roots([PATH])
+
+
+async def test_roots_are_requested_together_and_the_refused_ones_again(socket_dir: Path) -> None:
+    paths = [f"{PATH}-{number}" for number in range(ROOTS_AT_ONCE + 1)]
+    refused = paths[1::100]
+
+    async def script(peer: Peer) -> None:
+        await peer.shake_hands(34)
+        for together, refusing in ((paths[:-1], True), (paths[-1:], True), (refused, False)):
+            for path in together:
+                await peer.expect(Encoder().integer(11).string(path))
+            for path in together:
+                if refusing and path in refused:
+                    await peer.fail("cannot connect to socket at '/nix/var/nix/gc-socket/socket'")
+                else:
+                    await peer.say(Encoder().integer(TAG_LAST).integer(1))
+        await peer.expect(Encoder().integer(11).string(paths[0]))
+        await peer.expect(Encoder().integer(11).string(paths[1]))
+        await peer.say(Encoder().integer(TAG_LAST).integer(1))
+
+    async with connected(socket_dir, script) as connection:
+        await connection.add_temp_roots(paths)
+        with pytest.raises(DaemonGone) as gone:
+            await connection.add_temp_roots(paths[:2])
+        assert gone.value.unanswered, "the first was answered, and then nothing"
+        assert connection.unusable_reason
 
 
 @pytest.mark.parametrize("greeting", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0" * 64])
