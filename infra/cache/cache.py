@@ -142,6 +142,18 @@ class Cache:
         """
         return self._catalog.narinfo_in_memory(hash_part)
 
+    def closure_in_memory(
+        self, names: Collection[str], bounds: PageBounds, *, recursive: bool = True
+    ) -> list[bytes] | None:
+        """Return the narinfos of a small closure, references first, where that takes no database; else None.
+
+        Raises as `narinfo_in_memory`.
+        """
+        rows = self._catalog.closure_in_memory(names, recursive=recursive, at_most=bounds.paths)
+        if rows is None or sum(len(row.narinfo) for row in rows) > bounds.size_bytes:
+            return None
+        return [row.narinfo for row in rows]
+
     async def object_size(self, url: str) -> int | None:
         """Return the size of the object with key `url`, None unless a path names it and it can be fetched.
 

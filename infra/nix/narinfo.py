@@ -44,6 +44,8 @@ _KNOWN: Final = frozenset(
 )
 _T = TypeVar("_T")
 
+_REFERENCES = b"\nReferences: "
+
 
 @dataclass(frozen=True, slots=True)
 class StoredNar:
@@ -115,6 +117,12 @@ class NarInfo:
                 raise FormatError("a field is not printable ASCII", offset=offset + foreign.start(), subject="narinfo")
             offset += len(line) + 1
         return ("\n".join(lines) + "\n").encode()
+
+
+def rendered_references(text: bytes) -> list[str]:
+    """Return the base names of the references in what `NarInfo.render` made, without reading the rest of it."""
+    start = text.index(_REFERENCES) + len(_REFERENCES)
+    return text[start : text.index(b"\n", start)].decode("ascii").split()
 
 
 def _fields(text: bytes) -> tuple[dict[str, tuple[str, int]], tuple[str, ...]]:

@@ -210,7 +210,9 @@ async def test_head_agrees_with_get_in_every_state(any_store: Served) -> None:
 
 async def test_a_broken_cache_is_absent_rather_than_failing(tmp_path: Path, served: Served) -> None:
     claim = await uploaded_claim(served.cache, A)
-    await served.cache.publish([claim])
+    async with open_cache(tmp_path) as other:
+        # The cache that is served remembers nothing of it.
+        await other.publish([claim])
     with sqlite3.connect(tmp_path / "cache.sqlite") as vandal:
         vandal.executescript("DROP TABLE refs; DROP TABLE conflicts; DROP TABLE paths;")
     vandal.close()
@@ -343,14 +345,44 @@ async def test_a_closure_of_several_pages_is_read_whole_by_hash_parts_or_names(
 async def test_more_questions_at_one_time_than_may_be_wait_for_their_turn_and_are_told_to_come_again(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await publish(served.cache, A)
+    unknown = base_name(A)
     monkeypatch.setattr(closures, "TURN_S", 0.05)
     monkeypatch.setattr(closures, "WALKS_AT_ONCE", 0)
     async with serve(served.cache) as crowded:
-        async with crowded.http.post(f"{crowded.url}/narinfos", json={"paths": [base_name(A)]}) as answer:
+        async with crowded.http.post(f"{crowded.url}/narinfos", json={"paths": [unknown]}) as answer:
             assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
         with pytest.raises(QuestionRefusedError, match="status 503"):
-            await pages_of(crowded, base_name(A))
+            await pages_of(crowded, unknown)
+
+
+async def test_what_was_published_a_moment_ago_is_answered_without_the_database(
+    tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await publish(served.cache, A)
+    await publish(served.cache, B, references=[A, B])
+    claim = await uploaded_claim(served.cache, C, references=[B])
+    await served.cache.publish([claim])
+    with sqlite3.connect(tmp_path / "cache.sqlite") as vandal:
+        vandal.executescript("DROP TABLE refs; DROP TABLE conflicts; DROP TABLE paths;")
+    vandal.close()
+    names = [path[44:] for path in (A, B, C)]
+    assert await pages_of(served, base_name(C), base_name(A)[:32]) == ([names], [])
+    assert await pages_of(served, base_name(C), base_name(B), closure=False) == ([names[1:]], [])
+    # What is not wholly in memory needs the database: here it shows by failing.
+    for question in (
+        [base_name(C), "nonsense"],
+        [base_name(C), base_name(store_path("other"))],
+        [f"{base_name(C)}-other"],
+    ):
+        with pytest.raises(QuestionRefusedError, match="status 503"):
+            await pages_of(served, *question)
+    monkeypatch.setattr(closures, "NARINFOS_AT_ONCE", 2)
+    with pytest.raises(QuestionRefusedError, match="status 503"):
+        await pages_of(served, base_name(C))
+    monkeypatch.undo()
+    await served.cache.objects.delete(claim.stored.url)
+    with pytest.raises(QuestionRefusedError, match="status 503"):
+        await pages_of(served, base_name(C))
 
 
 async def test_an_answer_in_another_layout_is_read_too_and_one_that_is_none_is_refused() -> None:

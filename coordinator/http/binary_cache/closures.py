@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -53,6 +53,7 @@ TURN_S: Final = 10.0
 RETRY_AFTER_S: Final = 5
 #: Answers with so many narinfos are compressed for those who take gzip: to a third, or less.
 COMPRESSED_FROM: Final = 64
+_BEGINNING: Final = b'{"narinfos":[\n'
 _HASH_PART: Final = re.compile(HASH_PART_PATTERN)
 
 
@@ -100,6 +101,13 @@ class ClosureAnswers:
 
     async def _page(self, request: web.Request, question: NarinfosQuestion) -> web.StreamResponse:
         bounds = PageBounds(NARINFOS_AT_ONCE, PAGE_BYTES)
+        known = None
+        if not question.after:
+            known = self._cache.closure_in_memory(question.paths, bounds, recursive=question.closure)
+        if known is not None:
+            # As nearly every question of a worker is: for what was published a moment ago.
+            body = b"".join((_BEGINNING, _lines(known), _ending(())))
+            return web.Response(body=body, content_type="application/json", headers={"Cache-Control": "no-store"})
         async with self._walk():
             page = await self._cache.closure_page(
                 question.paths, bounds, recursive=question.closure, after=int(question.after or 0)
@@ -129,11 +137,11 @@ class ClosureAnswers:
         self, response: web.StreamResponse, page: ClosurePage, texts: list[bytes], lost: list[str]
     ) -> None:
         missing = [*page.unknown, *lost]
-        written = b'{"narinfos":[\n'
+        written = _BEGINNING
         rest = page.serials[TEXTS_AT_ONCE:]
         begun = False
         while True:
-            lines = b",\n".join(orjson.dumps(text.decode()) for text in texts)
+            lines = _lines(texts)
             await response.write(written + (b",\n" if begun and lines else b"") + lines)
             begun, written = begun or bool(lines), b""
             if not rest:
@@ -142,8 +150,7 @@ class ClosureAnswers:
                 texts, lost = await self._cache.read_page(rest[:TEXTS_AT_ONCE])
             missing += lost
             rest = rest[TEXTS_AT_ONCE:]
-        ending = {"missing": sorted(missing), "next": str(page.after or "")}
-        await response.write(b"\n]," + orjson.dumps(ending)[1:])
+        await response.write(_ending(missing, page.after))
 
     @asynccontextmanager
     async def _turn(self, address: str) -> AsyncIterator[None]:
@@ -166,6 +173,14 @@ class ClosureAnswers:
         """Give a turn with the database. Raises `UnavailableError`."""
         async with _within_turn_s(self._walks):
             yield
+
+
+def _lines(texts: Iterable[bytes]) -> bytes:
+    return b",\n".join(orjson.dumps(text.decode()) for text in texts)
+
+
+def _ending(missing: Iterable[str], after: int = 0) -> bytes:
+    return b"\n]," + orjson.dumps({"missing": sorted(missing), "next": str(after or "")})[1:]
 
 
 @asynccontextmanager

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -25,12 +26,15 @@ from infra.cache.catalog.database import Database, chunked, conflicts, paths, re
 from infra.cache.errors import ClosureTooLargeError
 from infra.database import names_parameter, names_table
 from infra.nix.errors import FormatError
+from infra.nix.narinfo import rendered_references
 from infra.nix.store_path import HASH_PART_LENGTH, StoreDir, base_name_of, hash_part_of
 from infra.objects.store import LocalObjectStore, ObjectStore
 
 #: Narinfos kept in memory, some 1 KiB each, and for how long one is believed.
 NARINFOS_IN_MEMORY = 8192
 RECENT_S = 900.0
+#: Paths of a closure that is answered from memory: a look at the file of each takes some us of the event loop.
+CLOSURE_IN_MEMORY = 64
 #: Paths of one closure, in the question and in the answer.
 MAX_CLOSURE = 100_000
 #: Paths whose use is remembered until it is written down.
@@ -139,12 +143,54 @@ class Catalog:
 
     def narinfo_in_memory(self, hash_part: str) -> bytes | None:
         """See `Cache.narinfo_in_memory`."""
+        row = self._believed(hash_part)
+        if row is None:
+            return None
+        self._note_use(hash_part)
+        return row.narinfo
+
+    def closure_in_memory(self, names: Collection[str], *, recursive: bool, at_most: int) -> list[Row] | None:
+        """Return the rows of base names, or hash parts alone, and of all that they reach, references first.
+
+        None unless all of them are in memory, can be fetched, and are at most `at_most` and CLOSURE_IN_MEMORY.
+        """
+        found: dict[str, Row] = {}
+        left = list(names)
+        while left:
+            name = left.pop()
+            part = name[:HASH_PART_LENGTH]
+            row = found.get(part) or self._believed(part)
+            if row is None or name not in {part, row.base_name}:
+                return None
+            if part in found:
+                continue
+            if len(found) == min(at_most, CLOSURE_IN_MEMORY):
+                return None
+            found[part] = row
+            if recursive:
+                left += rendered_references(row.narinfo)
+        # A path is published after all that it refers to.
+        return sorted(found.values(), key=attrgetter("serial"))
+
+    def remember(self, rows: Iterable[Row], forgotten: int) -> None:
+        """Keep rows in memory that were read, or written, when `forgotten` was as it is given here."""
+        if forgotten != self.forgotten:
+            return
+        now = self.now()
+        for row in rows:
+            if row.tombstoned_at is None:
+                for name in (row.hash_part, row.url):
+                    self._recent[name] = (row, now)
+                    self._recent.move_to_end(name)
+        while len(self._recent) > 2 * NARINFOS_IN_MEMORY:
+            self._recent.popitem(last=False)
+
+    def _believed(self, hash_part: str) -> Row | None:
         row, read_at = self._recent.get(hash_part, (None, 0.0))
         if row is None or abs(self.now() - read_at) >= RECENT_S or not self.is_intact(row):
             return None
         self._recent.move_to_end(hash_part)
-        self._note_use(hash_part)
-        return row.narinfo
+        return row
 
     def take_used(self) -> set[str]:
         """Return the hash parts that were requested since the last call, some of them where there were too many."""
@@ -272,11 +318,7 @@ class Catalog:
             row = next((Row(*values) for values in await connection.execute(question)), None)
         if row is None or not self.is_intact(row):
             return None
-        if forgotten == self.forgotten and row.tombstoned_at is None:
-            for name in (row.hash_part, row.url):
-                self._recent[name] = (row, now)
-            while len(self._recent) > 2 * NARINFOS_IN_MEMORY:
-                self._recent.popitem(last=False)
+        self.remember([row], forgotten)
         return row
 
     async def _nearest(self, connection: AsyncConnection, hash_parts: Sequence[str], at_most: int) -> dict[int, Row]:

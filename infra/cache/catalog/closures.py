@@ -15,7 +15,7 @@ from typing import Final
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from infra.cache.catalog.catalog import Catalog, reached_serials
+from infra.cache.catalog.catalog import CLOSURE_IN_MEMORY, Catalog, reached_serials
 from infra.cache.catalog.database import chunked, paths, reading
 from infra.nix.store_path import HASH_PART_LENGTH, base_name_of, hash_part_of
 
@@ -75,9 +75,13 @@ async def find_page(
 
 async def read_page(catalog: Catalog, serials: Sequence[int]) -> tuple[list[bytes], list[str]]:
     """Return the narinfos of some paths of a page, in order, and the base names of those that cannot be fetched."""
+    forgotten = catalog.forgotten
     async with reading(catalog.database) as connection:
         rows = await catalog.numbered(connection, serials)
-    here = {row.serial for row in await catalog.fetchable(rows)}
+    present = await catalog.fetchable(rows)
+    if len(present) <= CLOSURE_IN_MEMORY:
+        catalog.remember(present, forgotten)
+    here = {row.serial for row in present}
     return (
         [row.narinfo for row in rows if row.serial in here],
         [row.base_name for row in rows if row.serial not in here],

@@ -46,6 +46,8 @@ from infra.objects.verification import verify_nar
 SMALL_BYTES = 256 * 1024
 #: Objects that are verified at once, above that size.
 VERIFY_CONCURRENCY = 4
+#: Published paths of one call that are remembered, because who waits for them asks next; more are an import.
+REMEMBERED_AT_ONCE = 256
 #: Rows of one statement: rendering one holds the event loop for some 10 us.
 ROWS_AT_ONCE = 500
 
@@ -88,7 +90,7 @@ class Publisher:
         sound = [claim for claim, fault in zip(batch, faults, strict=True) if not fault]
         if not sound:
             return outcomes
-        began = self._catalog.now()
+        began, forgotten = self._catalog.now(), self._catalog.forgotten
         async with reading(self._catalog.database) as connection:
             known = await self._catalog.rows(connection, [claim.hash_part for claim in sound])
             before = await deleted(connection, {claim.stored.url for claim in sound})
@@ -111,7 +113,10 @@ class Publisher:
                 if claim.store_path in sealed and (too_late or claim.stored.url in gone):
                     outcomes[claim.store_path] = _collected(claim)
             proven = [claim for claim in proven if claim.store_path not in outcomes]
-            outcomes.update(await self._record(connection, proven, sealed))
+            recorded, rows = await self._record(connection, proven, sealed)
+        outcomes |= recorded
+        if len(rows) <= REMEMBERED_AT_ONCE:
+            self._catalog.remember(rows, forgotten)
         return outcomes
 
     def _is_repeat(self, claim: NarInfo, row: Row | None) -> bool:
@@ -166,8 +171,11 @@ class Publisher:
 
     async def _record(
         self, connection: AsyncConnection, proven: Sequence[NarInfo], sealed: Mapping[str, bytes]
-    ) -> dict[str, PublishOutcome]:
-        """Decide on proven claims by what is published now, and write it down; inside the publishing transaction."""
+    ) -> tuple[dict[str, PublishOutcome], list[Row]]:
+        """Decide on proven claims by what is published now, and write it down; inside the publishing transaction.
+
+        Returns the rows that are new too.
+        """
         outcomes: dict[str, PublishOutcome] = {}
         named = {claim.hash_part for claim in proven}
         references = {hash_part_of(reference) for claim in proven for reference in claim.path.references}
@@ -200,7 +208,7 @@ class Publisher:
         outcomes.update(rejected_for_references(blocked))
         await self._insert(connection, ordered, sealed, present)
         outcomes.update((claim.store_path, Published(claim.store_path)) for claim in ordered)
-        return outcomes
+        return outcomes, [_row(claim, present[claim.base_name], sealed) for claim in ordered]
 
     async def _insert(
         self,
@@ -240,6 +248,11 @@ class Publisher:
                 times=1,
             )
         )
+
+
+def _row(claim: NarInfo, serial: int, sealed: Mapping[str, bytes]) -> Row:
+    stored, text = claim.stored, sealed[claim.store_path]
+    return Row(serial, claim.store_path, claim.path.nar_hash, stored.url, stored.file_size, text, None)
 
 
 def _path_rows(claims: Sequence[NarInfo], sealed: Mapping[str, bytes], now: float) -> list[dict[str, object]]:
