@@ -99,8 +99,10 @@ async def test_a_submission_says_what_bounds_its_end_and_in_the_end_what_has(
         assert sentence in await shown(farm, f"/submissions/{sub.id}")
         page = await shown(farm, "/")
         assert sentence in page
-        assert 'aria-label="Last hour: 4 finished, 0 failed, 0 reused"' in page
-        assert re.search(r'<td class="num">4</td>.*</table>', page, re.DOTALL)
+        # With that beside the endless one where it took longer than such an answer is kept.
+        hour = re.search(r'aria-label="Last hour: ([45]) finished, 0 failed, 0 reused"', page)
+        assert hour is not None
+        assert re.search(rf'<td class="num">{hour[1]}</td>.*</table>', page, re.DOTALL)
         assert [run.label for run in (await farm.client.activity()).running] == ["endless"]
 
         # Another one stands on the same step, and on a system that nobody builds.
