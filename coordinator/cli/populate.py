@@ -257,6 +257,7 @@ class PopulateRun:
         for _ in range(BEGUN_AT_MOST):
             view = await self.client.mirror(request)
             self.under_way = view.id
+            self.screen.status(f"upstreams: {len(request.paths)} paths to look for ({view.id})")
             shown = time.monotonic()
             try:
                 while not view.state.ended:

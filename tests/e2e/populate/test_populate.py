@@ -158,8 +158,13 @@ def test_only_what_is_new_of_two_lists_is_had_and_what_was_cut_goes_on(populated
     upstream.open.clear()
     upstream.wanted.clear()
     command = populated.farm.command("populate", "--diff", old, new, "--store", populated.farm.eval_store)
-    running = subprocess.Popen(command, env=populated.farm.environment, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command, env=populated.farm.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     populated.at_upstream(upstream.wanted.wait())
+    # The upstream is asked before the client has read which run it has begun.
+    assert running.stdout is not None
+    assert any("paths to look for (mirror-" in line for line in running.stdout)
     populated.farm.kill()
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=PATIENCE_S)
