@@ -246,7 +246,7 @@ async def test_a_proxy_that_was_killed_has_all_of_its_disk_again_but_what_was_da
             assert not list((tmp_path / "proxy/partial").iterdir())
             # Ctrl-C ends it in order.
             process.send_signal(signal.SIGINT)
-            assert await asyncio.to_thread(process.wait, 20) == 0
+            assert await asyncio.to_thread(process.wait, PATIENCE_S) == 0
 
 
 async def test_one_upstream_that_is_down_costs_nothing_but_what_only_it_has(

@@ -27,6 +27,7 @@ from infra.nix.store_path import StoreDir
 from infra.process import Completed
 from tests.support.cache import store_path
 from tests.support.git_server import commit, git, serving_git
+from tests.support.patience import PATIENCE_S
 
 LINUX = "x86_64-linux"
 
@@ -80,7 +81,7 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
         yield tmp_path, f"127.0.0.1:{port}"
 
 
-def bounds(host: str, mib: int = 64, timeout_s: float = 30.0) -> EnvironmentSettings:
+def bounds(host: str, mib: int = 64, timeout_s: float = PATIENCE_S) -> EnvironmentSettings:
     return EnvironmentSettings(git_hosts=(host,), git_schemes=("http",), git_mib=mib, git_timeout_s=timeout_s)
 
 

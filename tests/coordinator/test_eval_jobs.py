@@ -19,6 +19,7 @@ from coordinator.evaluation.inputs import Inputs, evaluation_of
 from coordinator.evaluation.model import Evaluation
 from coordinator.evaluation.pool import PoolLimits
 from tests.support import eval_jobs_stand_in
+from tests.support.patience import PATIENCE_S
 
 LIMITS = PoolLimits(2, 900 << 20, 60)
 
@@ -70,7 +71,7 @@ async def evaluated(
     env: Mapping[str, str],
     choice: EvaluatorChoice = EvaluatorChoice.AUTO,
     messages: list[str] | None = None,
-    timeout_s: float = 60,
+    timeout_s: float = PATIENCE_S,
 ) -> Evaluation:
     kept: list[str] = [] if messages is None else messages
     limits = PoolLimits(LIMITS.evaluators, LIMITS.memory_bytes, timeout_s)

@@ -69,7 +69,7 @@ class ImportingClient:
             yield imports
 
     async def evaluate(
-        self, *attrs: str, more: tuple[str, ...] = (), timeout_s: float = 60, evaluators: int = 2
+        self, *attrs: str, more: tuple[str, ...] = (), timeout_s: float = PATIENCE_S, evaluators: int = 2
     ) -> Evaluation:
         inputs = Inputs((str(self.file),), attrs=attrs, flags=(*self.flags, *more))
         async with self.imports() as imports:

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.support.patience import PATIENCE_S
+
 NAME = "ordinary"
 #: Above what distributions give to people and to system accounts.
 UID = 61234
@@ -56,7 +58,7 @@ class OrdinaryUser:
             "LANG": "C.UTF-8",
         }
 
-    def run(self, *command: str | Path, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str | Path, timeout_s: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
         return subprocess.run(
             [*self.prefix, *map(str, command)],

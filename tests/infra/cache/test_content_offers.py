@@ -113,9 +113,9 @@ async def test_an_offer_that_is_given_up_reads_no_further(tmp_path: Path, monkey
         await put(cache, TREE, "tree", DIRECTORY)
         monkeypatch.setattr(content_offers, "VerifiedNar", Long)
         offer = asyncio.create_task(ContentOffers(cache).offer({TREE.path(STORE_DIR, "wood"): TREE}))
-        assert await asyncio.to_thread(begun.wait, 60)
+        assert await asyncio.to_thread(begun.wait, PATIENCE_S)
         offer.cancel()
         await asyncio.wait([offer])
         go_on.set()
-        assert await asyncio.to_thread(closed.wait, 60)
+        assert await asyncio.to_thread(closed.wait, PATIENCE_S)
         assert reads == [0]
