@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
+import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -219,3 +222,35 @@ async def test_a_builder_waits_while_nobody_takes_its_log(bench: AgentHarness, m
     assert outbox.log_bytes <= 5 * CHUNK_BYTES
     await reader.finish(loud)
     assert reader.logs[loud.step] == (line.encode() + b"\n") * 5000
+
+
+@pytest.mark.parametrize("how", ["the greeting is cancelled", "the worker is closed"])
+async def test_a_greeting_that_comes_to_nothing_leaves_no_connection_open(
+    bench: AgentHarness, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    asked, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def slowly(_host: str) -> tuple[str, ...]:
+        loop.call_soon_threadsafe(asked.set)
+        go_on.wait(PATIENCE_S)
+        return ()
+
+    monkeypatch.setattr(agent, "addresses_of", slowly)
+    reader = await bench.agent(greet=False)
+    with warnings.catch_warnings(record=True) as left:
+        warnings.simplefilter("always")
+        greeting = asyncio.create_task(reader.agent.hello(bench.farm.dump()))
+        async with asyncio.timeout(PATIENCE_S):
+            await asked.wait()
+        if how == "the worker is closed":
+            await reader.agent.close()
+            go_on.set()
+        else:
+            greeting.cancel()
+        with pytest.raises((asyncio.CancelledError, AgentError)):
+            await greeting
+        go_on.set()
+        del greeting
+        gc.collect()
+    assert [str(each.message) for each in left] == []

@@ -143,11 +143,14 @@ class Agent:
     async def start(self) -> None:
         """Sweep the outbox, reach the daemon, be ready. Raises `WorkerError` with one sentence; repeats are no-ops."""
         if self._ready is None:
-            if self._closing.is_set():
-                raise AgentError(f"worker {self.name} is closed")
+            self._check_open()
             self._ready = asyncio.get_running_loop().create_future()
             self._owner = asyncio.create_task(self._serve(self._ready), name=f"agent {self.name}")
         await asyncio.shield(self._ready)
+
+    def _check_open(self) -> None:
+        if self._closing.is_set():
+            raise AgentError(f"worker {self.name} is closed")
 
     async def close(self) -> None:
         """Stop all builds, wait for their processes, release everything. Idempotent."""
@@ -424,8 +427,14 @@ class Agent:
             sources = await open_sources(farm)
         except (CacheError, NixError) as error:
             raise AgentError(f"worker {self.name} cannot serve this farm: {error}") from error
-        if self._builders.deny(await asyncio.to_thread(addresses_of, urlsplit(farm.cache_url).hostname or "")):
-            await asyncio.gather(*(slot.hang_up() for slot in self._slots if not slot.busy))
+        try:
+            if self._builders.deny(await asyncio.to_thread(addresses_of, urlsplit(farm.cache_url).hostname or "")):
+                await asyncio.gather(*(slot.hang_up() for slot in self._slots if not slot.busy))
+            self._check_open()
+        except BaseException:
+            # Nothing else closes them: the greeting is cancelled, or the worker is closed already.
+            await sources.close()
+            raise
         if self._sources is not None:
             self._old_sources.append(self._sources)
         self._sources = sources
