@@ -24,10 +24,10 @@ from coordinator.bisect.verdicts import Criterion, Outcome, Until
 from coordinator.cli import exit_status
 from coordinator.cli.bisect_builds import FarmBuilds
 from coordinator.cli.import_builds import FarmImports
+from coordinator.cli.printing import print_json
 from coordinator.cli.reasons import difference_lines
 from coordinator.cli.rendering import counted, one_line
 from coordinator.cli.screen import Screen
-from coordinator.cli.status import print_json
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import local_store
 from coordinator.client.errors import RefusedError

@@ -24,11 +24,11 @@ from coordinator.cli.evaluation import EvaluationRequest, evaluate, evaluated_fr
 from coordinator.cli.fetching import realise
 from coordinator.cli.follow import follow
 from coordinator.cli.import_builds import FarmImports
+from coordinator.cli.printing import print_json
 from coordinator.cli.remote import RemoteSource, evaluate_remotely, watch_evaluation
 from coordinator.cli.rendering import summary_lines
 from coordinator.cli.screen import Screen
 from coordinator.cli.sending import ClientStages, send_closure, taken_after_sending
-from coordinator.cli.status import print_json
 from coordinator.cli.streaming import StreamedBuild
 from coordinator.cli.submission_options import SubmissionWords
 from coordinator.client.api_client import ApiClient

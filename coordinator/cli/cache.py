@@ -9,8 +9,8 @@ from typing import Final
 from coordinator.api.cache_models import CacheRootView, CollectView, VerifyView
 from coordinator.api.requests import PinRequest
 from coordinator.cli import exit_status
-from coordinator.cli.rendering import duration, size, table_lines
-from coordinator.cli.status import print_json, print_lines
+from coordinator.cli.printing import print_json, print_lines, size
+from coordinator.cli.rendering import duration, table_lines
 from coordinator.client.api_client import ApiClient
 
 DAY_S: Final = 86400.0

@@ -126,7 +126,8 @@ def push(*, url: str, token_file: str, name: str, as_json: bool, **options: Any)
     """
     from coordinator.cli import cache_push  # noqa: PLC0415 - slow to import
 
-    return cache_push.push(url, token_file, cache_push.PushRequest(cache=name, as_json=as_json, **options))
+    request = cache_push.PushRequest(url, token_file, name, as_json=as_json, **options)
+    return cache_push.push(request)
 
 
 @cache.command()

@@ -15,7 +15,7 @@ import uvloop
 from coordinator.cache_proxy.model import ProxySettings
 from coordinator.cache_proxy.proxy import running
 from coordinator.cli import exit_status
-from coordinator.cli.rendering import size
+from coordinator.cli.printing import size
 from coordinator.stop_signals import StopSignals
 
 #: Nix's own file of tokens.

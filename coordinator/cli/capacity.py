@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from coordinator.api.capacity_routes import CapacityView
 from coordinator.cli import exit_status
+from coordinator.cli.printing import print_json, print_lines
 from coordinator.cli.rendering import duration, one_line, table_lines
-from coordinator.cli.status import print_json, print_lines
 from coordinator.client.api_client import ApiClient
 
 

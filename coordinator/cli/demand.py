@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from coordinator.api.demand_routes import DemandView
 from coordinator.cli import exit_status
+from coordinator.cli.printing import print_json, print_lines
 from coordinator.cli.rendering import duration, one_line, table_lines
-from coordinator.cli.status import print_json, print_lines
 from coordinator.client.api_client import ApiClient
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coordinator.cli import exit_status
+from coordinator.cli.printing import print_json, print_lines
 from coordinator.cli.rendering import one_line
-from coordinator.cli.status import print_json, print_lines
 from coordinator.doctor.checks import Diagnosis, diagnoses
 from coordinator.doctor.gather import gather
 

@@ -19,8 +19,8 @@ from coordinator.api.environments import (
 )
 from coordinator.api.requests import PushSubmissionRequest, RollbackRequest, TrackRequest
 from coordinator.cli import exit_status
+from coordinator.cli.printing import print_json, print_lines
 from coordinator.cli.rendering import counted, duration, one_line, table_lines
-from coordinator.cli.status import print_json, print_lines
 from coordinator.client.api_client import ApiClient
 
 #: Revisions and gaps that are listed; `--json` has all that the coordinator returns.

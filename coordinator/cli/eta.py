@@ -8,8 +8,8 @@ from typing import Final
 from coordinator.api.estimates import PathStepView, PathView, SubmissionEtaView, ThroughputView
 from coordinator.api.models import StepStatus
 from coordinator.cli import exit_status
+from coordinator.cli.printing import print_json, print_lines
 from coordinator.cli.rendering import counted, duration, eta_sentence, one_line
-from coordinator.cli.status import print_json, print_lines
 from coordinator.client.api_client import ApiClient
 
 #: Minutes over which a rate is taken.

@@ -17,9 +17,9 @@ from coordinator.api.timeline_models import (
     WorkerTriesView,
 )
 from coordinator.cli import exit_status
+from coordinator.cli.printing import print_json, print_lines, size
 from coordinator.cli.reasons import wanted_lines
-from coordinator.cli.rendering import duration, one_line, size, table_lines
-from coordinator.cli.status import print_json, print_lines
+from coordinator.cli.rendering import duration, one_line, table_lines
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import RefusedError
 

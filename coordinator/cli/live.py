@@ -18,8 +18,9 @@ from rich.cells import cell_len
 from coordinator.api.models import StepStatus, StepView
 from coordinator.cli import forest
 from coordinator.cli.lines import Line, Piece, cell, cut, joined, plain, width_of
+from coordinator.cli.printing import size
 from coordinator.cli.progress import Progress, Tally
-from coordinator.cli.rendering import doing, duration, eta_sentence, of_size, one_line, size, tally, who
+from coordinator.cli.rendering import doing, duration, eta_sentence, of_size, one_line, tally, who
 
 #: Rows of the forest and of workers, as parts of the window's height, and at most.
 FOREST_PART: Final = (2, 5)

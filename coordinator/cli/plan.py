@@ -19,8 +19,9 @@ from coordinator.cli.ci import defused
 from coordinator.cli.evaluation import show_messages
 from coordinator.cli.lines import plain, written
 from coordinator.cli.plan_text import PlanText, plan_lines, plan_markdown
+from coordinator.cli.printing import print_json, print_lines
 from coordinator.cli.screen import is_capable, wants_colours
-from coordinator.cli.status import print_json, print_lines, write_report
+from coordinator.cli.status import write_report
 from coordinator.cli.wish_reading import WishRequest, present_paths, this_system, wishes_of
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import ClosureError, LocalStore, local_store

@@ -9,8 +9,9 @@ from typing import Final
 
 from coordinator.api.plan_models import PlanState, PlanView, SystemPlan, WishPlan
 from coordinator.cli.lines import Line, cell
+from coordinator.cli.printing import size
 from coordinator.cli.rebuild_markdown import code
-from coordinator.cli.rendering import LISTED, duration, one_line, size
+from coordinator.cli.rendering import LISTED, duration, one_line
 
 #: State -> word of a cell, and its style.
 WORDS: Final[dict[PlanState, tuple[str, str]]] = {

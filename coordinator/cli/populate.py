@@ -24,11 +24,11 @@ from coordinator.cli import exit_status
 from coordinator.cli.evaluation import inputs_of, show_messages
 from coordinator.cli.follow import follow
 from coordinator.cli.populate_text import PopulateReport, populate_lines, populate_markdown
+from coordinator.cli.printing import print_json, size
 from coordinator.cli.proof import ProofMeans, chosen, empty_directory, prove
-from coordinator.cli.rendering import size
 from coordinator.cli.screen import Screen
 from coordinator.cli.sending import ClientStages, send_closure, taken_after_sending
-from coordinator.cli.status import print_json, write_report
+from coordinator.cli.status import write_report
 from coordinator.cli.wish_reading import WishRequest, wishes_of
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import ClosureError, LocalStore, local_store

@@ -11,9 +11,9 @@ from coordinator.api.difference_models import CauseView, ChangeView, ComparedVie
 from coordinator.api.models import StepStatus, StepView
 from coordinator.api.questions import CandidateView, CostView, EstimateSource, PlacingView, StepReasonsView, WantedView
 from coordinator.cli import exit_status
+from coordinator.cli.printing import print_json, print_lines, size
 from coordinator.cli.progress import ACTIVE
-from coordinator.cli.rendering import doing, duration, failure_lines, flake_lines, one_line, size, who
-from coordinator.cli.status import print_json, print_lines
+from coordinator.cli.rendering import doing, duration, failure_lines, flake_lines, one_line, who
 from coordinator.client.api_client import ApiClient
 
 #: Steps of a way that are named, its ends if there are more.

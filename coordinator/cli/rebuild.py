@@ -22,13 +22,14 @@ from coordinator.cli import exit_status
 from coordinator.cli.evaluation import EvaluationRequest
 from coordinator.cli.follow import follow
 from coordinator.cli.import_builds import FarmImports
+from coordinator.cli.printing import print_json
 from coordinator.cli.rebuild_junit import junit
 from coordinator.cli.rebuild_markdown import markdown
 from coordinator.cli.rebuild_sides import LoadedSide, Sides, SidesRequest, evaluate_sides, result_of, submitted_sides
 from coordinator.cli.rebuild_text import difference_lines, report_lines, result_lines
 from coordinator.cli.screen import Screen
 from coordinator.cli.sending import ClientStages, send_closure, sending_again, taken_after_sending
-from coordinator.cli.status import print_json, write_report
+from coordinator.cli.status import write_report
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import ClosureError, LocalStore, read_closure
 from coordinator.client.errors import RefusedError

@@ -8,7 +8,8 @@ from typing import Final
 
 from coordinator.api.difference_models import ChangeView
 from coordinator.api.rebuild_models import ForecastView, RebuildCauseView
-from coordinator.cli.rendering import TAIL_LINES, duration, one_line, sanitise, size
+from coordinator.cli.printing import size
+from coordinator.cli.rendering import TAIL_LINES, duration, one_line, sanitise
 from coordinator.rebuild.model import AttrReport, RebuildReport, RebuildVerdict, RootCause, SetChange, Sizes
 
 #: Attributes that one line names, and lines of one list; `--json` has all of them.

@@ -17,7 +17,7 @@ from coordinator.api.requests import RemoteEvaluationRequest
 from coordinator.api.streams import in_thread
 from coordinator.cli.ci import defused
 from coordinator.cli.evaluation import show_evaluation, show_messages
-from coordinator.cli.rendering import size
+from coordinator.cli.printing import size
 from coordinator.cli.screen import Screen
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import BadArgumentError, ClientError, RefusedError

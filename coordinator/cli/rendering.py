@@ -25,6 +25,7 @@ from coordinator.api.models import (
     TransferView,
 )
 from coordinator.api.origin import origin_words
+from coordinator.cli.printing import size
 from coordinator.cli.progress import News, Progress
 from coordinator.terminal_controls import ControlFilter
 
@@ -77,16 +78,6 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
-def size(count: int) -> str:
-    """Return a number of bytes as `512 B`, `1.5 KiB`, ..."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
 
 
 def who(step: StepView) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from coordinator.api.models import IntakeMissing, StepView
 from coordinator.api.requests import ClientStage, IntakeQuery
 from coordinator.api.streams import SourceHeader, encode_derivations, encode_sources, in_thread
-from coordinator.cli.rendering import size
+from coordinator.cli.printing import size
 from coordinator.cli.screen import Screen
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import (

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from coordinator.api.source_routes import SourceView
 from coordinator.cli import exit_status
+from coordinator.cli.printing import print_json, print_lines
 from coordinator.cli.rendering import one_line
-from coordinator.cli.status import print_json, print_lines
 from coordinator.client.api_client import ApiClient
 
 #: Sources that are shown in full.

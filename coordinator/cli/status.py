@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import re
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
-import orjson
 
 from coordinator.api.evaluations import EVALUATION_PREFIX, EvaluationState
 from coordinator.api.mirroring import MIRROR_PREFIX, MirrorState
 from coordinator.api.models import StepStatus, SubmissionState
 from coordinator.cli import exit_status
-from coordinator.cli.ci import defused
+from coordinator.cli.printing import print_json, print_lines
 from coordinator.cli.rendering import (
     sanitise,
     status_lines,
@@ -27,11 +23,9 @@ from coordinator.cli.rendering import (
 from coordinator.cli.worker_text import worker_lines
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import RefusedError
-from coordinator.terminal_controls import harmless
 
 #: Submissions that `drover status` lists, newest first.
 LISTED = 20
-_LATE_CONTROLS = re.compile("[\x7f-\x9f]")
 #: Seconds between two looks at a worker that is drained.
 DRAIN_LOOK_S = 0.5
 
@@ -172,24 +166,6 @@ async def drain(client: ApiClient, worker: str, *, on: bool, wait: bool) -> int:
         await asyncio.sleep(DRAIN_LOOK_S)
     print_lines([f"{worker} gets no new builds and has none"])
     return exit_status.OK
-
-
-def print_lines(lines: Sequence[str]) -> None:
-    """Print lines, without what a terminal would obey; what its encoding lacks becomes `?`."""
-    encoding = sys.stdout.encoding or "utf-8"
-    for line in lines:
-        sys.stdout.write(_encoded(defused(harmless(line))).decode(encoding) + "\n")
-
-
-def _encoded(text: str) -> bytes:
-    return text.encode(sys.stdout.encoding or "utf-8", "replace")
-
-
-def print_json(document: object) -> None:
-    """Print a record or a mapping as one line of JSON, whose texts hold no control character as it stands."""
-    text = orjson.dumps(document).decode()
-    # JSON itself asks this of the controls below U+0020 only; terminals obey these too.
-    sys.stdout.write(_LATE_CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 def write_report(path: Path, text: str, mode: str = "w") -> None:

@@ -11,9 +11,9 @@ import click
 
 from coordinator.api.models import StepView, SubmissionState, SubmissionView
 from coordinator.cli import exit_status
+from coordinator.cli.printing import print_json, print_lines
 from coordinator.cli.progress import News, Progress
 from coordinator.cli.rendering import duration, news_lines, one_line, submission_rows, table_lines
-from coordinator.cli.status import print_json, print_lines
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import ClientError
 from coordinator.defaults import OPERATOR

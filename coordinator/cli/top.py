@@ -18,7 +18,8 @@ from coordinator.cli import exit_status
 from coordinator.cli.eta import rate
 from coordinator.cli.lines import Line, cell, cut, width_of
 from coordinator.cli.live import SIGNS, Window
-from coordinator.cli.rendering import counted, duration, eta_sentence, one_line, size
+from coordinator.cli.printing import size
+from coordinator.cli.rendering import counted, duration, eta_sentence, one_line
 from coordinator.cli.screen import Screen, resizing
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import UnreachableError

@@ -26,9 +26,9 @@ from coordinator.client import transport
 from coordinator.client.decoding import decode, decode_event, decode_list
 from coordinator.client.errors import RefusedError, UnreachableError
 from coordinator.client.event_reader import EventReader
-from coordinator.client.exchange import Answer
 from coordinator.client.transport import ANSWER_S, Transport
 from coordinator.errors import UnavailableError
+from infra.exchange import Answer
 
 if TYPE_CHECKING:
     from coordinator.api.cache_models import CacheRootView, CacheView, CollectView, ResignView, VerifyView, WhyView

@@ -9,14 +9,16 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
-from coordinator.api.streams import SourceHeader
 from coordinator.errors import CoordinatorError
 from infra.dependency_order import CycleError, inputs_first
 from infra.nix.drv_head import DrvHead, read_head
 from infra.nix.errors import FormatError, NixError
 from infra.nix.path_info import PathInfo
+
+if TYPE_CHECKING:
+    from coordinator.api.streams import SourceHeader
 
 #: Content addresses by which `infra.nix.ca` verifies a source.
 VERIFIABLE = ("text:sha256:", "fixed:r:sha256:", "fixed:sha256:")
@@ -265,6 +267,8 @@ async def describe_sources(store: LocalStore, paths: Sequence[str], env: Mapping
     Raises:
         ClosureError: A path is not valid in the store, or the store does not answer.
     """
+    from coordinator.api.streams import SourceHeader  # noqa: PLC0415 - slow to import, and a push describes no source
+
     if not paths:
         return Sources((), {})
     infos = await query_closure(store, paths, _lost_source, follow=_is_verifiable, env=env)

@@ -17,9 +17,9 @@ from coordinator.client.errors import (
     reason_of,
     refusal,
 )
-from coordinator.client.exchange import AddressError, Answer, BadAnswerError, exchange
 from coordinator.defaults import URL
 from coordinator.errors import CoordinatorError
+from infra.exchange import AddressError, Answer, BadAnswerError, exchange
 
 if TYPE_CHECKING:
     import aiohttp
@@ -102,7 +102,7 @@ class Transport:
 
     def budget(self) -> RetryBudget:
         """Return the time within which a coordinator that was there is looked for again."""
-        from infra.retry import Backoff, RetryBudget  # noqa: PLC0415 - short commands load nothing of infra
+        from infra.retry import Backoff, RetryBudget  # noqa: PLC0415 - short commands load next to nothing of infra
 
         return RetryBudget(RECONNECT_GIVE_UP_S, Backoff(RECONNECT_FIRST_S, RECONNECT_LONGEST_S))
 

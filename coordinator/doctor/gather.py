@@ -28,10 +28,10 @@ from urllib.parse import quote, urlsplit
 import orjson
 
 from coordinator.client.errors import reason_of
-from coordinator.client.exchange import AddressError, Answer, BadAnswerError, exchange
 from coordinator.doctor.checks import normal
 from coordinator.doctor.dry_runs import dry_run, last_line, lock_plans
 from coordinator.doctor.facts import CacheFacts, CacheTrouble, MachineFacts, Netrc, NixSettings, Plan
+from infra.exchange import AddressError, Answer, BadAnswerError, exchange
 from infra.process import Completed, ProcessError, ProcessNotFound, run
 
 #: Seconds for a question to Nix, for an answer of a cache.

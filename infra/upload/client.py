@@ -10,23 +10,23 @@ cut goes on where it was. Where the coordinator began anew meanwhile, the upload
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
-from io import BytesIO
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 from urllib.parse import quote
 
-import aiohttp
-from pydantic import BaseModel, ValidationError
-from yarl import URL
+from pydantic import BaseModel
 
+from infra.exchange import AddressError, BadAnswerError, Connections
 from infra.objects.compression import COMPRESSION, Compression
 from infra.objects.nar_writer import CompressedNar
 from infra.retry import spread
+from infra.upload.answers import parse, require_success
 from infra.upload.errors import BehindError, SenderRefusedError, UploadFailedError
 from infra.upload.packs import MakeObject, Pack, SourceChangedError, grouped, is_small, make_pack, require_claimed
 from infra.upload.part_sender import PartSender
+from infra.upload.pieces import gathered, one_ahead
 from infra.upload.protocol import (
     MAX_PATHS,
     MAX_URLS,
@@ -64,8 +64,6 @@ COMMIT_S: Final = 3600.0
 BEGINNINGS: Final = 3
 #: Paths that changed which an error names.
 CHANGED_NAMED: Final = 8
-#: Bytes of an answer that are read.
-MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 
 _Answer = TypeVar("_Answer", bound=BaseModel)
 #: Opens the NAR of a claimed path, compressed as the cache wants it.
@@ -114,17 +112,16 @@ class _Source:
         return verdict.model_copy(update={"message": self.refused[verdict.path]})
 
 
-def upload_session() -> aiohttp.ClientSession:
-    """Return a session with the bounds of this module; its holder closes it."""
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
-    return aiohttp.ClientSession(timeout=timeout)
+def upload_connections() -> Connections:
+    """Return connections with the bounds of this module; their holder closes them."""
+    return Connections(connect_s=CONNECT_S, silence_s=SILENCE_S)
 
 
 class UploadClient:
-    """Calls the upload routes below one cache's address. The session is the caller's."""
+    """Calls the upload routes below one cache's address. The connections are the caller's."""
 
-    def __init__(self, session: aiohttp.ClientSession, cache_url: str, token: str) -> None:
-        self._session = session
+    def __init__(self, connections: Connections, cache_url: str, token: str) -> None:
+        self._connections = connections
         self._base = f"{cache_url}/uploads"
         self._cache_url = cache_url
         self._headers = {"Authorization": f"Bearer {token}"}
@@ -235,11 +232,10 @@ class UploadClient:
             return ()
 
         async def post() -> PackTaken:
-            async with self._session.post(
-                f"{self._base}/{begun.id}/pack", data=BytesIO(pack.body), headers=self._headers
-            ) as response:
-                taken: PackTaken = await _checked(response, PackTaken)
-                return taken
+            url = f"{self._base}/{begun.id}/pack"
+            answer = await self._connections.ask("POST", url, headers=self._headers, body=pack.body)
+            require_success(answer)
+            return parse(answer, PackTaken)
 
         for attempt in range(TRIES):
             taken = await self._again(post, attempt)
@@ -276,34 +272,33 @@ class UploadClient:
 
     async def _relay(self, upload: str, claim: PathClaim, pieces: AsyncIterator[bytes]) -> tuple[str, ...]:
         offset = there = 0
-        async for piece in _gathered(pieces, PIECE_BYTES):
-            end = offset + len(piece)
-            if there < end:
-                there = await self._relay_piece(upload, claim.path, offset, piece)
-            offset = end
+        async with aclosing(one_ahead(gathered(pieces, PIECE_BYTES))) as ready:
+            async for piece in ready:
+                end = offset + len(piece)
+                if there < end:
+                    there = await self._relay_piece(upload, claim.path, offset, piece)
+                offset = end
         return ()
 
     async def _relay_piece(self, upload: str, path: str, offset: int, piece: bytes) -> int:
         """Send one piece, or what the other side lacks of it; returns how much it has of the object then."""
         start = offset
         # Names may have a question mark in them.
-        url = URL(f"{self._base}/{upload}/nar/{quote(path, safe='')}", encoded=True)
+        url = f"{self._base}/{upload}/nar/{quote(path, safe='')}"
 
         async def put() -> SentOffset | None:
             nonlocal start
             data = memoryview(piece)[start - offset :]
-            async with self._session.put(
-                url.with_query(offset=start), data=BytesIO(data), headers=self._headers
-            ) as response:
-                if response.status == 409:
-                    accepted = await _parse(response, SentOffset)
-                    if accepted.offset < offset:
-                        raise BehindError(f"the coordinator lost what it had of {path}")
-                    start = accepted.offset
-                    return accepted if start >= offset + len(piece) else None
-                answer: SentOffset = await _checked(response, SentOffset)
-                self.progress.sent_bytes += len(data)
-                return answer
+            answer = await self._connections.ask("PUT", f"{url}?offset={start}", headers=self._headers, body=data)
+            if answer.status == 409:
+                accepted = parse(answer, SentOffset)
+                if accepted.offset < offset:
+                    raise BehindError(f"the coordinator lost what it had of {path}")
+                start = accepted.offset
+                return accepted if start >= offset + len(piece) else None
+            require_success(answer)
+            self.progress.sent_bytes += len(data)
+            return parse(answer, SentOffset)
 
         for attempt in range(TRIES):
             done = await self._again(put, attempt)
@@ -315,7 +310,7 @@ class UploadClient:
 
     async def _direct(self, upload: str, claim: PathClaim, pieces: AsyncIterator[bytes]) -> tuple[str, ...]:
         size = part_bytes(claim.nar_size)
-        parts = _gathered(pieces, size).__aiter__()
+        parts = gathered(pieces, size).__aiter__()
         first = await anext(parts)
         second = await anext(parts, None)
         if second is None and len(first) <= SINGLE_BYTES:
@@ -362,19 +357,22 @@ class UploadClient:
             url = await address()
             try:
                 # No headers of ours: a presigned request with credentials beside it is refused.
-                async with self._session.put(url, data=BytesIO(data)) as response:
-                    if response.status == 200:
-                        self.progress.sent_bytes += len(data)
-                        return response.headers.get("ETag", "").strip('"')
-                    problem = f"answered with status {response.status}"
-                    if response.status == 404:
-                        raise BehindError(f"the upload of {path} has been ended by somebody else")
-                    if response.status < 500 and response.status not in {403, 408, 429}:
-                        break
+                answer = await self._connections.ask("PUT", url, headers={}, body=data)
             except TimeoutError:
                 problem = f"was silent for {SILENCE_S:.0f} s"
-            except aiohttp.ClientError as error:
+            except AddressError:
+                raise UploadFailedError(f"{path} could not be sent: its address is none of HTTP") from None
+            except (BadAnswerError, OSError) as error:
                 problem = f"cannot be reached ({type(error).__name__})"
+            else:
+                if answer.status == 200:
+                    self.progress.sent_bytes += len(data)
+                    return answer.headers.get("etag", "").strip('"')
+                problem = f"answered with status {answer.status}"
+                if answer.status == 404:
+                    raise BehindError(f"the upload of {path} has been ended by somebody else")
+                if answer.status < 500 and answer.status not in {403, 408, 429}:
+                    break
             await _pause(attempt)
         raise UploadFailedError(f"{path} could not be sent: the object store {problem}")
 
@@ -390,14 +388,14 @@ class UploadClient:
     ) -> _Answer:
         text = b"" if body is None else await asyncio.to_thread(lambda: body.model_dump_json().encode())
         headers = {**self._headers, "Content-Type": "application/json"}
-        timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=CONNECT_S)
 
-        async def ask() -> _Answer:
-            async with self._session.request(
-                verb, self._base + address, data=BytesIO(text), headers=headers, timeout=timeout
-            ) as response:
-                answer: _Answer = await _checked(response, model)
-                return answer
+        async def ask() -> _Answer | None:
+            async with asyncio.timeout(total_s):
+                answer = await self._connections.ask(
+                    verb, self._base + address, headers=headers, body=text, silence_s=total_s
+                )
+            require_success(answer)
+            return None if model is None else parse(answer, model)
 
         for attempt in range(TRIES):
             answer = await self._again(ask, attempt)
@@ -412,59 +410,15 @@ class UploadClient:
         except SenderRefusedError as error:
             if error.status not in {408, 429, 503} or attempt + 1 == TRIES:
                 raise
-        except (aiohttp.ClientError, TimeoutError) as error:
+        except AddressError:
+            raise UploadFailedError(f"{self._cache_url} is not an address") from None
+        except (BadAnswerError, OSError) as error:  # TimeoutError is one
             if attempt + 1 == TRIES:
                 raise UploadFailedError(
                     f"the coordinator at {self._cache_url} cannot be reached ({str(error) or type(error).__name__})"
                 ) from error
         await _pause(attempt)
         return None
-
-
-async def _gathered(pieces: AsyncIterator[bytes], size: int) -> AsyncIterator[bytes]:
-    """Join pieces to such of exactly `size` bytes, but for the last."""
-    buffer = bytearray()
-    async for piece in pieces:
-        buffer += piece
-        while len(buffer) >= size:
-            full = bytes(memoryview(buffer)[:size])
-            del buffer[:size]
-            yield full
-    if buffer:
-        yield bytes(buffer)
-
-
-async def _checked(response: aiohttp.ClientResponse, model: type[_Answer] | None) -> Any:
-    """Return the answer, None if none is wanted. Raises `SenderRefusedError` for a status that is no success."""
-    if response.status < 300:
-        return None if model is None else await _parse(response, model)
-    code, message = "", f"the coordinator answered with status {response.status}"
-    if response.status == 401:
-        code, message = "unauthorized", "the coordinator does not know this token, or it may not write to this cache"
-    elif response.content_type == "application/json":
-        error_body = await _parse_loosely(response)
-        code, message = str(error_body.get("code", "")), str(error_body.get("message", message))
-    raise SenderRefusedError(message, code=code, status=response.status)
-
-
-async def _parse_loosely(response: aiohttp.ClientResponse) -> Mapping[str, Any]:
-    try:
-        error_body = (await response.json())["error"]
-    except (ValueError, KeyError, TypeError):
-        return {}
-    return error_body if isinstance(error_body, dict) else {}
-
-
-async def _parse(response: aiohttp.ClientResponse, model: type[_Answer]) -> _Answer:
-    data = bytearray()
-    async for chunk in response.content.iter_any():
-        data += chunk
-        if len(data) > MAX_ANSWER_BYTES:
-            raise UploadFailedError(f"the coordinator's answer is longer than {MAX_ANSWER_BYTES} bytes")
-    try:
-        return model.model_validate_json(bytes(data))
-    except ValidationError as error:
-        raise UploadFailedError("the coordinator's answer cannot be read: is it another release?") from error
 
 
 async def _pause(attempt: int) -> None:

@@ -25,6 +25,7 @@ from coordinator.api.models import (
     SubmissionView,
     WorkerView,
 )
+from coordinator.cli.printing import size
 from coordinator.cli.progress import News, Progress
 from coordinator.cli.rendering import (
     doing,
@@ -33,7 +34,6 @@ from coordinator.cli.rendering import (
     heartbeat_line,
     news_lines,
     sanitise,
-    size,
     status_lines,
     submission_rows,
     summary_lines,

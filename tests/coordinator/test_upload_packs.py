@@ -236,7 +236,7 @@ async def test_an_object_of_a_pack_that_was_collected_before_the_commit_is_sent_
                 await objects.delete(compress_now(iter([small.nar]))[1].stored.url)
             return await super()._commit(*arguments)
 
-    client = Collecting(site.session, site.coordinator.ready.cache_url, site.token)
+    client = Collecting(site.connections, site.coordinator.ready.cache_url, site.token)
     result = await client.upload_all([small.claim], opener(), parallel=1, make_object=make_object)
     assert [verdict.status for verdict in result.verdicts] == [SendStatus.PUBLISHED]
     assert made == [small.claim.path] * 2

@@ -14,11 +14,12 @@ import pytest
 
 from coordinator.config import CacheSettings, NamedCacheSettings, Settings, UploadRoute
 from coordinator.main import Coordinator, open_coordinator
+from infra.exchange import Connections
 from infra.nix import narinfo
 from infra.nix.hashing import sha256_text
 from infra.objects.nar_reader import fetch_nar
 from infra.objects.nar_writer import compress_now, compressing
-from infra.upload.client import OpenNar, UploadClient, upload_session
+from infra.upload.client import OpenNar, UploadClient, upload_connections
 from infra.upload.packs import MakeObject, make_pack
 from infra.upload.protocol import (
     Begin,
@@ -83,10 +84,11 @@ class Site:
 
     coordinator: Coordinator
     session: aiohttp.ClientSession
+    connections: Connections
     token: str
 
     def client(self, token: str = "", cache: str = "") -> UploadClient:
-        return UploadClient(self.session, self.coordinator.ready.cache_url + cache, token or self.token)
+        return UploadClient(self.connections, self.coordinator.ready.cache_url + cache, token or self.token)
 
     async def push(self, *things: Thing, keep: KeepRequest | None = None) -> dict[str, SendStatus]:
         result = await self.client().upload_all([each.claim for each in things], opener(*things), parallel=4, keep=keep)
@@ -120,5 +122,6 @@ async def opened(stack: AsyncExitStack, settings: Settings) -> Site:
     coordinator = await stack.enter_async_context(
         open_coordinator(settings, nix_workers(settings.state_dir / "workers", ()))
     )
-    session = await stack.enter_async_context(upload_session())
-    return Site(coordinator, session, coordinator.ready.token_file.read_text().strip())
+    session = await stack.enter_async_context(aiohttp.ClientSession())
+    connections = await stack.enter_async_context(upload_connections())
+    return Site(coordinator, session, connections, coordinator.ready.token_file.read_text().strip())

@@ -43,7 +43,7 @@ from infra.substituter.closures import (
     QuestionAnswerError,
     QuestionRefusedError,
 )
-from infra.upload.client import UploadClient
+from infra.upload.client import UploadClient, upload_connections
 from workers.agent.attempt_record import AttemptRecord, Fetched, FetchLog, Moving
 from workers.agent.daemon_pool import DaemonSession, SessionPool
 from workers.errors import WorkerError
@@ -104,9 +104,11 @@ class FarmSources:
         self._session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=QUESTION_S, connect=CONNECT_S), auto_decompress=True
         )
+        self._upload_connections = upload_connections()
 
     async def close(self) -> None:
         """Close the connections to the cache."""
+        self._upload_connections.close()
         await self._session.close()
 
     async def narinfos(self, paths: Iterable[str]) -> list[NarInfo]:
@@ -174,7 +176,7 @@ class FarmSources:
 
     def uploads(self, token: str) -> UploadClient:
         """Return what uploads outputs over HTTP with the token of a lease."""
-        return UploadClient(self._session, self.farm.cache_url, token)
+        return UploadClient(self._upload_connections, self.farm.cache_url, token)
 
     def _authorization(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.farm.cache_token}"} if self.farm.cache_token else {}

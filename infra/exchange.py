@@ -1,0 +1,294 @@
+"""HTTP/1.1 requests and their whole answers, without a framework, whose import takes longer than most commands.
+
+`exchange` sends one request on a connection of its own. `Connections` keeps connections for the requests that follow.
+An answer is taken as soon as it comes, also before all of a body was sent: a refusal comes so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self, TypeAlias
+from urllib.parse import quote, urlencode, urlsplit
+
+#: Bytes of an answer's status line and header fields, and of one line between chunks.
+MAX_HEAD_BYTES: Final = 64 * 1024
+#: Bytes of an answer's body; the longest are pages of lists.
+MAX_BODY_BYTES: Final = 256 * 1024 * 1024
+#: Connections to one server that are kept without a request.
+MAX_IDLE: Final = 8
+#: Bytes of a body given to the system at a time: what it does not take at once is copied.
+_SLICE_BYTES: Final = 256 * 1024
+#: Statuses below 200 announce another answer; so many are passed over.
+_MAX_INTERIM: Final = 8
+
+_Server: TypeAlias = tuple[bool, str, int]
+
+
+class AddressError(ValueError):
+    """A text is no address of an HTTP server."""
+
+
+class BadAnswerError(Exception):
+    """The bytes received are no answer of an HTTP server, or exceed every answer of a coordinator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Names of header fields are in lower case; of a field that came twice the last value counts."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+async def exchange(
+    method: str,
+    url: str,
+    *,
+    params: Mapping[str, str],
+    headers: Mapping[str, str],
+    body: bytes | None,
+    connect_s: float,
+) -> Answer:
+    """Send one request and return its answer; redirections are answers like others.
+
+    Raises:
+        AddressError: `url` is none of http or https with a host.
+        BadAnswerError: what answered is no HTTP server, or the answer is too large.
+        OSError, TimeoutError: no connection, none within `connect_s`, or it broke.
+    """
+    server, host, path, _ = _address(url)
+    target = quote(path, safe="/%:@!$&'()*+,;=~") + (f"?{urlencode(params)}" if params else "")
+    connection = await _Connection.open(server, connect_s)
+    try:
+        head = _head(method, target, {"Host": host, "Connection": "close", **headers}, body)
+        return await connection.ask(head, body, _nothing)
+    finally:
+        connection.close()
+
+
+class Connections:
+    """Requests on connections that are kept; an asynchronous context manager. Belongs to one event loop."""
+
+    def __init__(self, *, connect_s: float, silence_s: float) -> None:
+        """Open a connection within `connect_s`; fail where nothing is taken or answered for `silence_s`."""
+        self._connect_s = connect_s
+        self._silence_s = silence_s
+        self._idle: dict[_Server, list[_Connection]] = {}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close what is kept."""
+        for connections in self._idle.values():
+            for connection in connections:
+                connection.close()
+        self._idle.clear()
+
+    async def ask(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        body: bytes | memoryview | None = None,
+        silence_s: float | None = None,
+    ) -> Answer:
+        """Send one request and return its answer; `url` is sent as it stands, so it must be quoted.
+
+        A connection that was kept and ends before the first byte of an answer had been closed by the server meanwhile:
+        the request is sent again, once, on a new one.
+
+        Raises: as `exchange`; TimeoutError also where nothing is taken or answered for `silence_s`.
+        """
+        server, host, path, query = _address(url)
+        head = _head(method, f"{path}?{query}" if query else path, {"Host": host, **headers}, body)
+        while True:
+            connection, is_kept = self._kept(server), True
+            if connection is None:
+                connection, is_kept = await _Connection.open(server, self._connect_s), False
+            try:
+                answer = await self._ask(connection, head, body, silence_s or self._silence_s)
+            except ConnectionError:
+                connection.close()
+                if is_kept and not connection.is_answering:
+                    continue
+                raise
+            except BaseException:
+                connection.close()
+                raise
+            self._keep(server, connection)
+            return answer
+
+    async def _ask(
+        self, connection: _Connection, head: bytes, body: bytes | memoryview | None, silence_s: float
+    ) -> Answer:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(silence_s) as silence:
+
+            def on_progress() -> None:
+                if not silence.expired():
+                    silence.reschedule(loop.time() + silence_s)
+
+            return await connection.ask(head, body, on_progress)
+
+    def _kept(self, server: _Server) -> _Connection | None:
+        connections = self._idle.get(server, [])
+        while connections:
+            connection = connections.pop()
+            if connection.is_alive:
+                return connection
+            connection.close()
+        return None
+
+    def _keep(self, server: _Server, connection: _Connection) -> None:
+        connections = self._idle.setdefault(server, [])
+        if connection.is_alive and len(connections) < MAX_IDLE:
+            connections.append(connection)
+        else:
+            connection.close()
+
+
+class _Connection:
+    """One connection, for one request at a time."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        #: Whether the next request can be sent on it.
+        self._may_stay = True
+        #: Whether bytes of the present answer have come.
+        self.is_answering = False
+
+    @classmethod
+    async def open(cls, server: _Server, connect_s: float) -> _Connection:
+        """Connect. Raises `OSError`, `TimeoutError`."""
+        tls, host, port = server
+        async with asyncio.timeout(connect_s):
+            reader, writer = await asyncio.open_connection(host, port, ssl=tls or None, limit=MAX_HEAD_BYTES)
+        return cls(reader, writer)
+
+    @property
+    def is_alive(self) -> bool:
+        """True as long as the server has not ended it, and the next answer is not to be told from this one's rest."""
+        return self._may_stay and not self._reader.at_eof() and not self._writer.is_closing()
+
+    def close(self) -> None:
+        """Close, without waiting."""
+        self._writer.close()
+
+    async def ask(self, head: bytes, body: bytes | memoryview | None, on_progress: Callable[[], None]) -> Answer:
+        """Send a request and return its answer. Raises `BadAnswerError`, `OSError`."""
+        self.is_answering = False
+        sending = asyncio.ensure_future(self._send(head, body, on_progress))
+        try:
+            return await self._read(on_progress)
+        except (asyncio.IncompleteReadError, EOFError):
+            raise ConnectionResetError("the connection ended early") from None
+        except (asyncio.LimitOverrunError, ValueError) as error:
+            raise BadAnswerError("what answered is no HTTP server") from error
+        finally:
+            # An answer that came before all was sent leaves the rest of the body in the way.
+            self._may_stay = self._may_stay and sending.done()
+            sending.cancel()
+            await asyncio.wait([sending])
+            if sending.cancelled() or sending.exception() is not None:
+                self._may_stay = False
+
+    async def _send(self, head: bytes, body: bytes | memoryview | None, on_progress: Callable[[], None]) -> None:
+        view = memoryview(body or b"")
+        if len(view) <= _SLICE_BYTES:
+            self._writer.write(head + view)
+            await self._writer.drain()
+            return
+        self._writer.write(head)
+        for at in range(0, len(view), _SLICE_BYTES):
+            self._writer.write(view[at : at + _SLICE_BYTES])
+            await self._writer.drain()
+            on_progress()
+
+    async def _read(self, on_progress: Callable[[], None]) -> Answer:
+        for _ in range(_MAX_INTERIM):
+            version, status, headers = _parsed(await self._reader.readuntil(b"\r\n\r\n"))
+            self.is_answering = True
+            on_progress()
+            if status >= 200:
+                if version == "HTTP/1.0" or headers.get("connection", "").lower() == "close":
+                    self._may_stay = False
+                return Answer(status, headers, await self._body(status, headers, on_progress))
+        raise ValueError("nothing but interim answers")
+
+    async def _body(self, status: int, headers: Mapping[str, str], on_progress: Callable[[], None]) -> bytes:
+        if status in {204, 304}:
+            return b""
+        body = bytearray()
+        if headers.get("transfer-encoding", "").lower() == "chunked":
+            while size := int((await self._reader.readuntil(b"\r\n")).partition(b";")[0], 16):
+                _require_bounded(len(body) + size)
+                body += await self._reader.readexactly(size)
+                await self._reader.readexactly(2)
+                on_progress()
+            while await self._reader.readuntil(b"\r\n") != b"\r\n":
+                pass
+            return bytes(body)
+        if "content-length" in headers:
+            length = int(headers["content-length"])
+            _require_bounded(length)
+            while len(body) < length:
+                body += await self._reader.readexactly(min(length - len(body), _SLICE_BYTES))
+                on_progress()
+            return bytes(body)
+        self._may_stay = False
+        while piece := await self._reader.read(MAX_HEAD_BYTES):
+            body += piece
+            _require_bounded(len(body))
+            on_progress()
+        return bytes(body)
+
+
+def _address(url: str) -> tuple[_Server, str, str, str]:
+    """Return server, `Host`, path and query. Raises `AddressError`."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise AddressError(url) from error
+    if parts.scheme not in {"http", "https"} or not host:
+        raise AddressError(url)
+    tls = parts.scheme == "https"
+    return (tls, host, port or (443 if tls else 80)), parts.netloc.rpartition("@")[2], parts.path or "/", parts.query
+
+
+def _head(method: str, target: str, headers: Mapping[str, str], body: bytes | memoryview | None) -> bytes:
+    fields = dict(headers)
+    if body is not None or method in {"POST", "PUT"}:
+        fields["Content-Length"] = str(len(body or b""))
+    lines = [f"{method} {target} HTTP/1.1\r\n", *(f"{name}: {value}\r\n" for name, value in fields.items())]
+    return "".join(lines).encode("latin-1") + b"\r\n"
+
+
+def _parsed(head: bytes) -> tuple[str, int, dict[str, str]]:
+    first, *lines = head.decode("latin-1").split("\r\n")
+    version, status, *_ = first.split(" ", 2)
+    if not version.startswith("HTTP/1."):
+        raise ValueError(first)
+    fields = (line.partition(":") for line in lines if line)
+    return version, int(status), {name.strip().lower(): value.strip() for name, _, value in fields}
+
+
+def _require_bounded(size: int) -> None:
+    if not 0 <= size <= MAX_BODY_BYTES:
+        raise BadAnswerError(f"the answer has more than {MAX_BODY_BYTES} bytes")
+
+
+def _nothing() -> None:
+    pass
