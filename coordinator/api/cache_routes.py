@@ -87,7 +87,7 @@ APPEND: Final = Route(
 )
 
 CACHE_INFO: Final = Route[None]("GET", "{prefix}/nix-cache-info", Right.READ, answer=Content.CACHE_INFO)
-#: `coordinator.http.binary_cache.fast_narinfo` answers it for public caches before the router sees it.
+#: `coordinator.http.binary_cache.fast_answers` answers it for public caches before the router sees it.
 NARINFO: Final = Route[None](
     "GET", f"{{prefix}}/{_HASH_PART}.narinfo", Right.READ, answer=Content.NARINFO, errors=_NAMED
 )

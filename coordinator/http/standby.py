@@ -13,7 +13,7 @@ from aiohttp import web
 
 from coordinator.api.routes import HEALTH
 from coordinator.http.answers import error_answer
-from coordinator.http.binary_cache.fast_narinfo import FastNarinfos, FastSite
+from coordinator.http.binary_cache.fast_answers import FastAnswers, FastSite
 
 #: When a client may ask again, in seconds.
 RETRY_AFTER_S = 2
@@ -33,7 +33,7 @@ async def serving_standby(listener: socket.socket) -> AsyncIterator[Callable[[],
     async def start() -> None:
         await runner.setup()
         # A copy: ending the site closes it, and clients go on knocking at the same address.
-        await FastSite(runner, listener.dup(), FastNarinfos((), lambda _: False)).start()
+        await FastSite(runner, listener.dup(), FastAnswers((), lambda _: False)).start()
 
     def answer() -> None:
         starting.append(asyncio.create_task(start(), name="standby"))

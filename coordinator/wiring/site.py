@@ -31,7 +31,7 @@ from coordinator.http.api.submissions import Api, ApiBounds
 from coordinator.http.api.timings import TimingApi
 from coordinator.http.api.workers import add_worker_routes
 from coordinator.http.app import make_app
-from coordinator.http.binary_cache.fast_narinfo import FastNarinfos, FastSite, open_gate
+from coordinator.http.binary_cache.fast_answers import FastAnswers, FastSite, open_gate
 from coordinator.http.connections import ConnectionGate, require_room
 from coordinator.http.metrics import add_metrics_route
 from coordinator.http.middleware import is_host, is_own_host
@@ -117,7 +117,7 @@ async def make_site(  # noqa: PLR0917 - collaborators, named by their types
 async def serve_site(site: Site, listener: socket.socket, settings: Settings, url: str, stores: Stores) -> None:
     """Begin to answer on the socket."""
     own_host = partial(is_own_host, public_url=url) if settings.loopback else is_host
-    await FastSite(site.runner, listener, FastNarinfos(stores.caches, own_host), site.gate).start()
+    await FastSite(site.runner, listener, FastAnswers(stores.caches, own_host), site.gate).start()
 
 
 def _api_app(  # noqa: PLR0917 - collaborators, named by their types

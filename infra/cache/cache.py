@@ -100,6 +100,7 @@ class Cache:
 
     async def close(self) -> None:
         """Close the database."""
+        await self._catalog.close()
         await self.database.close()
 
     @property
@@ -153,6 +154,16 @@ class Cache:
         if rows is None or sum(len(row.narinfo) for row in rows) > bounds.size_bytes:
             return None
         return [row.narinfo for row in rows]
+
+    def small_object(self, url: str, at_most: int) -> bytes | None:
+        """Return an object of at most `at_most` bytes where `object_size` takes no database and it is a file.
+
+        None where it is unknown, larger, no file of this machine, or not whole. For callers that cannot wait.
+
+        Raises:
+            ObjectStoreError: the directory of the objects cannot be read.
+        """
+        return self._catalog.small_object(url, at_most)
 
     async def object_size(self, url: str) -> int | None:
         """Return the size of the object with key `url`, None unless a path names it and it can be fetched.

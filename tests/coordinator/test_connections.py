@@ -14,7 +14,7 @@ from aiohttp import web
 
 from coordinator.api.route import Right, Route
 from coordinator.http import connections
-from coordinator.http.binary_cache.fast_narinfo import FastNarinfos, FastSite
+from coordinator.http.binary_cache.fast_answers import FastAnswers, FastSite
 from coordinator.http.connections import ConnectionBounds, ConnectionGate, require_room
 from coordinator.http.middleware import require_token
 from coordinator.http.routing import serve as serve_routes
@@ -88,7 +88,7 @@ async def serve(bounds: ConnectionBounds) -> AsyncGenerator[Site, None]:
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     try:
-        await FastSite(runner, listener, FastNarinfos((), lambda _: False), gate).start()
+        await FastSite(runner, listener, FastAnswers((), lambda _: False), gate).start()
         yield Site(gate, port, end, begun, clients)
     finally:
         end.set()

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from coordinator.caches.opening import OpenCache
 from coordinator.config import CacheSettings
-from coordinator.http.binary_cache.fast_narinfo import FastNarinfos, FastSite
+from coordinator.http.binary_cache.fast_answers import FastAnswers, FastSite
 from coordinator.http.binary_cache.routes import add_cache_routes
 from coordinator.http.middleware import is_own_host, require_host
 from coordinator.security.tokens import CacheAccess, TokenSet
@@ -33,7 +33,7 @@ PUBLIC = "http://farm.example:7878"
 
 
 @dataclass
-class Counting(FastNarinfos):
+class Counting(FastAnswers):
     """Counts what it answered."""
 
     answered: int = field(default=0)
@@ -42,8 +42,8 @@ class Counting(FastNarinfos):
         super().__init__(caches, lambda host: is_own_host(host, PUBLIC))
         self.answered = 0
 
-    def answer(self, data: bytes) -> bytes | None:
-        found = super().answer(data)
+    def answer(self, data: bytes, *, with_nars: bool = True) -> bytes | None:
+        found = super().answer(data, with_nars=with_nars)
         self.answered += found is not None
         return found
 
@@ -208,6 +208,29 @@ async def test_plain_requests_take_the_short_way_before_and_after_others(both: B
     assert all(head.startswith(b"HTTP/1.1 200 OK\r\n") for head in heads)
     assert both.fast.answered == 4
     assert both.cache.counters.narinfo_hits == 4
+
+
+async def test_a_small_nar_takes_the_short_way_and_is_answered_as_by_the_long_one(both: Both) -> None:
+    claim = await uploaded_claim(both.cache, A)
+    wanted = request("GET", f"/cache/{claim.stored.url}", *NIX)
+    others = [
+        request("HEAD", f"/cache/{claim.stored.url}", *NIX),
+        request("GET", f"/cache/{claim.stored.url}", HOST, "Range: bytes=1-"),
+        request("GET", f"/cache/{claim.stored.url}.zst", HOST),
+        request("GET", f"/cache/team1/{claim.stored.url}", HOST),
+    ]
+    quick, slow = [
+        [await talk(port, [each, wanted]) for each in (wanted, *others)] for port in (both.fast_port, both.slow_port)
+    ]
+    assert quick == slow
+    assert object_file(both.cache, claim).read_bytes() in quick[0]
+    # Where two requests come together aiohttp answers both.
+    before = both.fast.answered
+    await ask(both.fast_port, wanted, wanted)
+    assert both.fast.answered == before + 2
+    # A file that was cut is absent, whichever way it is asked for.
+    object_file(both.cache, claim).write_bytes(b"cut")
+    assert [head.split(b" ")[1] for head in await ask(both.fast_port, wanted)] == [b"404"]
 
 
 async def test_a_path_whose_object_is_lost_is_not_answered_from_memory(both: Both) -> None:

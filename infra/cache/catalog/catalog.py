@@ -13,6 +13,7 @@ changed is noticed after RECENT_S, much less than any grace.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,8 +105,17 @@ class Catalog:
         self._recent: OrderedDict[str, tuple[Row, float]] = OrderedDict()
         #: Hash parts requested since `take_used`, at most USED_IN_MEMORY.
         self._used: set[str] = set()
+        #: Hash parts that are to be looked up with the next question, and who waits for each.
+        self._wanted: dict[str, asyncio.Future[Row | None]] = {}
+        self._asking: asyncio.Task[None] | None = None
         #: Calls of `forget`: what was read before one may be out of date after it.
         self.forgotten = 0
+
+    async def close(self) -> None:
+        """End the question under way; who waits for its answer is cancelled."""
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.wait([self._asking])
 
     async def missing(self, store_paths: Iterable[str]) -> set[str]:
         """See `Cache.missing`."""
@@ -135,7 +145,7 @@ class Catalog:
         """See `Cache.narinfo`."""
         if len(hash_part) != HASH_PART_LENGTH:
             return None
-        row = await self._find(hash_part, paths.c.hash_part)
+        row = self._remembered(hash_part) or await self._look_up(hash_part)
         if row is None or row.tombstoned_at is not None:
             return None
         self._note_use(hash_part)
@@ -143,7 +153,7 @@ class Catalog:
 
     def narinfo_in_memory(self, hash_part: str) -> bytes | None:
         """See `Cache.narinfo_in_memory`."""
-        row = self._believed(hash_part)
+        row = self._remembered(hash_part)
         if row is None:
             return None
         self._note_use(hash_part)
@@ -159,7 +169,7 @@ class Catalog:
         while left:
             name = left.pop()
             part = name[:HASH_PART_LENGTH]
-            row = found.get(part) or self._believed(part)
+            row = found.get(part) or self._remembered(part)
             if row is None or name not in {part, row.base_name}:
                 return None
             if part in found:
@@ -172,12 +182,17 @@ class Catalog:
         # A path is published after all that it refers to.
         return sorted(found.values(), key=attrgetter("serial"))
 
-    def remember(self, rows: Iterable[Row], forgotten: int) -> None:
-        """Keep rows in memory that were read, or written, when `forgotten` was as it is given here."""
+    def remember(self, rows: Iterable[Row], forgotten: int, *, displacing: bool = True) -> None:
+        """Keep rows in memory that were read, or written, when `forgotten` was as it is given here.
+
+        Where they are not `displacing`, nothing that is in use goes for them.
+        """
         if forgotten != self.forgotten:
             return
         now = self.now()
         for row in rows:
+            if not displacing and not self._has_room(now):
+                return
             if row.tombstoned_at is None:
                 for name in (row.hash_part, row.url):
                     self._recent[name] = (row, now)
@@ -185,12 +200,27 @@ class Catalog:
         while len(self._recent) > 2 * NARINFOS_IN_MEMORY:
             self._recent.popitem(last=False)
 
-    def _believed(self, hash_part: str) -> Row | None:
-        row, read_at = self._recent.get(hash_part, (None, 0.0))
-        if row is None or abs(self.now() - read_at) >= RECENT_S or not self.is_intact(row):
+    def _has_room(self, now: float) -> bool:
+        """Return whether a row can be remembered once what is too old to be believed was dropped."""
+        while len(self._recent) > 2 * (NARINFOS_IN_MEMORY - 1):
+            oldest, (_, read_at) = next(iter(self._recent.items()))
+            if abs(now - read_at) < RECENT_S:
+                return False
+            del self._recent[oldest]
+        return True
+
+    def small_object(self, url: str, at_most: int) -> bytes | None:
+        """See `Cache.small_object`."""
+        row, read_at = self._recent.get(url, (None, 0.0))
+        if row is None or row.file_size > at_most or abs(self.now() - read_at) >= RECENT_S:
             return None
-        self._recent.move_to_end(hash_part)
-        return row
+        if not isinstance(self.objects, LocalObjectStore):
+            return None
+        content = self.objects.read_now(url)
+        if content is None or len(content) != row.file_size:
+            return None
+        self._recent.move_to_end(url)
+        return content
 
     def take_used(self) -> set[str]:
         """Return the hash parts that were requested since the last call, some of them where there were too many."""
@@ -203,7 +233,7 @@ class Catalog:
 
     async def object_size(self, url: str) -> int | None:
         """See `Cache.object_size`."""
-        row = await self._find(url, paths.c.url)
+        row = self._remembered(url) or await self._find_object(url)
         return None if row is None else row.file_size
 
     async def closure(
@@ -304,18 +334,63 @@ class Catalog:
             return self.objects.head_now(row.url) == row.file_size
         return True
 
-    async def _find(self, key: str, column: sa.Column[str]) -> Row | None:
-        """Return a row whose object is there by its hash part or URL; a client asks for one, then for the other."""
-        now = self.now()
+    def _remembered(self, key: str) -> Row | None:
+        """Return a row in memory by its hash part or URL, if its object is there."""
         row, read_at = self._recent.get(key, (None, 0.0))
-        if row is not None and abs(now - read_at) < RECENT_S and self.is_intact(row):
-            self._recent.move_to_end(key)
-            return row
+        if row is None or abs(self.now() - read_at) >= RECENT_S or not self.is_intact(row):
+            return None
+        self._recent.move_to_end(key)
+        return row
+
+    async def _look_up(self, hash_part: str) -> Row | None:
+        """Return a row whose object is there, from the database.
+
+        What is asked for while a question is under way is asked together with the next: clients ask for many narinfos
+        at one time, and a question costs more than the rows of its answer.
+        """
+        waiting = self._wanted.get(hash_part)
+        if waiting is None:
+            waiting = self._wanted[hash_part] = asyncio.get_running_loop().create_future()
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask_for_wanted(), name="narinfos")
+        # Others may wait for the same row.
+        return await asyncio.shield(waiting)
+
+    async def _ask_for_wanted(self) -> None:
+        while self._wanted:
+            some = dict(itertools.islice(self._wanted.items(), ROWS_AT_ONCE))
+            for hash_part in some:
+                del self._wanted[hash_part]
+            forgotten = self.forgotten
+            try:
+                async with reading(self.database) as connection:
+                    rows = await self.rows(connection, list(some))
+                found = {hash_part: self._noted(rows.get(hash_part), forgotten) for hash_part in some}
+            except asyncio.CancelledError:
+                for waiting in (*some.values(), *self._wanted.values()):
+                    waiting.cancel()
+                self._wanted.clear()
+                raise
+            except Exception as error:  # noqa: BLE001 - it is theirs who wait
+                for waiting in some.values():
+                    waiting.set_exception(error)
+                    # Nobody may be left to take it.
+                    waiting.exception()
+            else:
+                for hash_part, waiting in some.items():
+                    waiting.set_result(found[hash_part])
+
+    async def _find_object(self, url: str) -> Row | None:
+        """Return a row whose object, which is there, has this URL."""
         # Also where the row in memory has lost its object: it may have been repaired with another.
         forgotten = self.forgotten
         async with reading(self.database) as connection:
-            question = sa.select(*_ROW_COLUMNS).where(column == key).order_by(paths.c.serial).limit(1)
+            question = sa.select(*_ROW_COLUMNS).where(paths.c.url == url).order_by(paths.c.serial).limit(1)
             row = next((Row(*values) for values in await connection.execute(question)), None)
+        return self._noted(row, forgotten)
+
+    def _noted(self, row: Row | None, forgotten: int) -> Row | None:
+        """Return a row whose object is there, and remember it unless rows were forgotten since it was read."""
         if row is None or not self.is_intact(row):
             return None
         self.remember([row], forgotten)

@@ -46,7 +46,8 @@ from infra.objects.verification import verify_nar
 SMALL_BYTES = 256 * 1024
 #: Objects that are verified at once, above that size.
 VERIFY_CONCURRENCY = 4
-#: Published paths of one call that are remembered, because who waits for them asks next; more are an import.
+#: Published paths of one call that are remembered in place of others, because who waits for them asks next; more are an
+#: import, and are remembered as far as there is room.
 REMEMBERED_AT_ONCE = 256
 #: Rows of one statement: rendering one holds the event loop for some 10 us.
 ROWS_AT_ONCE = 500
@@ -115,8 +116,7 @@ class Publisher:
             proven = [claim for claim in proven if claim.store_path not in outcomes]
             recorded, rows = await self._record(connection, proven, sealed)
         outcomes |= recorded
-        if len(rows) <= REMEMBERED_AT_ONCE:
-            self._catalog.remember(rows, forgotten)
+        self._catalog.remember(rows, forgotten, displacing=len(rows) <= REMEMBERED_AT_ONCE)
         return outcomes
 
     def _is_repeat(self, claim: NarInfo, row: Row | None) -> bool:

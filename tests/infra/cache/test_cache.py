@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.cache import cache as cache_module
 from infra.cache.cache import Cache
@@ -299,6 +300,50 @@ async def test_nothing_is_visible_of_a_publish_whose_transaction_fails(tmp_path:
             vandal.execute("DROP TRIGGER full")
         vandal.close()
         assert await cache.publish(claims) == [Published(A), Published(B)]
+
+
+async def test_narinfos_that_are_asked_for_together_are_looked_up_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [store_path(f"many{number}") for number in range(50)]
+    async with open_cache(tmp_path) as cache:
+        await cache.publish([await uploaded_claim(cache, path) for path in names])
+        # What was just published needs no question; after a restart nothing is remembered.
+        assert all(cache.narinfo_in_memory(base_name(path)[:32]) for path in names)
+    async with open_cache(tmp_path) as cache:
+        asked: list[int] = []
+        rows = catalog_module.Catalog.rows
+
+        async def counted(
+            catalog: catalog_module.Catalog, connection: AsyncConnection, hash_parts: Sequence[str]
+        ) -> dict[str, catalog_module.Row]:
+            asked.append(len(hash_parts))
+            return await rows(catalog, connection, hash_parts)
+
+        monkeypatch.setattr(catalog_module.Catalog, "rows", counted)
+        parts = [base_name(path)[:32] for path in [*names, LOST]]
+        assert cache.narinfo_in_memory(parts[0]) is None
+        leaver, *others = [asyncio.create_task(cache.narinfo(part)) for part in [*parts, *parts]]
+        await asyncio.sleep(0)
+        leaver.cancel()
+        texts = await asyncio.gather(*others)
+        assert asked == [51]
+        found = [narinfo.parse(text, STORE_DIR).store_path for text in texts if text is not None]
+        assert found == [*names[1:], *names]
+
+
+async def test_a_question_that_fails_is_an_error_for_each_who_asked(tmp_path: Path) -> None:
+    async with open_cache(tmp_path) as cache:
+        await publish(cache, A)
+    async with open_cache(tmp_path) as cache:
+        with sqlite3.connect(tmp_path / "cache.sqlite") as vandal:
+            vandal.execute("ALTER TABLE paths RENAME TO away")
+        failed = await asyncio.gather(*(cache.narinfo(base_name(A)[:32]) for _ in range(3)), return_exceptions=True)
+        assert all(isinstance(error, MetadataError) for error in failed)
+        with sqlite3.connect(tmp_path / "cache.sqlite") as vandal:
+            vandal.execute("ALTER TABLE away RENAME TO paths")
+        vandal.close()
+        assert await visible(cache, A)
 
 
 async def test_a_cancelled_publish_leaves_the_cache_usable(cache: Cache) -> None:

@@ -1,14 +1,15 @@
-"""Narinfos without the web framework: the one request that Nix clients send by the thousand.
+"""Narinfos and small NARs without the web framework: the requests that Nix clients send by the thousand.
 
 aiohttp spends some 150 us on a request before a handler sees it. `FastConnection` is aiohttp's connection with a glance
 at what arrives: if the connection is idle and the bytes are exactly one plain request
 
-    GET|HEAD PREFIX/<hash>.narinfo HTTP/1.1, and only Host, User-Agent, Accept and Accept-Encoding
+    GET|HEAD PREFIX/<hash>.narinfo HTTP/1.1, or GET PREFIX/nar/<file>, and only Host, User-Agent, Accept and
+    Accept-Encoding
 
-for a public cache, and the cache can answer from memory, the answer is written at once. All else - another address or
-header, a private cache, a narinfo that must be looked up, half a request, two at once, an answer still under way - is
-passed on untouched, and aiohttp answers as if this module were not there. Both say the same, byte for byte but for the
-date (tests compare them).
+for a public cache, and the cache can answer from memory, or from a file of at most SMALL_FILE_BYTES whose path is in
+memory, the answer is written at once. All else - another address or header, a private cache, a narinfo that must be
+looked up, a large NAR, half a request, two at once, an answer still under way - is passed on untouched, and aiohttp
+answers as if this module were not there. Both say the same, byte for byte but for the date (tests compare them).
 
 When is a connection idle? When aiohttp waits for a request and nothing of one is in its parser. The second is known
 only while everything it was given were whole requests without a body; after anything else the connection is left to
@@ -31,6 +32,7 @@ from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http import SERVER_SOFTWARE
 
 from coordinator.caches.opening import OpenCache
+from coordinator.http.binary_cache.nars import NAR_HEADERS, SMALL_FILE_BYTES
 from coordinator.http.binary_cache.routes import narinfo_headers
 from coordinator.http.connections import (
     MAX_CONNECTIONS,
@@ -55,31 +57,39 @@ KEEP_ALIVE_S: Final = 120.0
 
 _HEADER = re.compile(rb"(?i)(?:(host)|user-agent|accept|accept-encoding): ([!-~](?:[ -~]*[!-~])?)")
 _HASH: Final = f"({HASH_PART_PATTERN})".encode("ascii")
+#: The key of an object, as narinfos name it.
+_NAR: Final = rb"(nar/[0-9a-z]{1,64}\.nar(?:\.[0-9a-z]{1,8})?)"
+#: The head of a NAR's answer up to its entity tag.
+_NAR_HEAD: Final = "".join(f"{name}: {value}\r\n" for name, value in NAR_HEADERS.items())
 _END: Final = b"\r\n\r\n"
 #: Words of requests that have a body, or turn the connection into something else.
 _BODY_WORDS: Final = (b"content-length", b"transfer-encoding", b"upgrade")
 
 
-class FastNarinfos:
+class FastAnswers:
     """Knows the answers. `own_host` returns whether a request under that `Host` is ours to answer."""
 
     def __init__(self, caches: Iterable[OpenCache], own_host: Callable[[str], bool]) -> None:
         public = {each.prefix.encode(): each.cache for each in caches if each.access.public}
         self._caches: dict[bytes, Cache] = public
         prefixes = b"|".join(re.escape(prefix) for prefix in public) or b"(?!)"
-        self._line = re.compile(rb"(GET|HEAD) (" + prefixes + rb")/" + _HASH + rb"\.narinfo HTTP/1\.1\r\n")
+        self._line = re.compile(
+            rb"(GET|HEAD) (" + prefixes + rb")/(?:" + _HASH + rb"\.narinfo|" + _NAR + rb") HTTP/1\.1\r\n"
+        )
         self._own_host = own_host
         self._plain: dict[bytes, bool] = {}
         #: Text of a narinfo -> the head of its answer up to the date.
         self._heads: dict[bytes, bytes] = {}
 
-    def answer(self, data: bytes) -> bytes | None:
+    def answer(self, data: bytes, *, with_nars: bool = True) -> bytes | None:
         """Return the answer to the request that `data` is, None if it is for aiohttp."""
         line = self._line.match(data)
         if line is None or not self._is_plain(data[line.end() :]):
             return None
         cache = self._caches[line[2]]
         try:
+            if line[4] is not None:
+                return _nar(cache, line[4].decode("ascii")) if with_nars and line[1] == b"GET" else None
             text = cache.narinfo_in_memory(line[3].decode("ascii"))
         except CacheError:
             return None
@@ -98,7 +108,7 @@ class FastNarinfos:
             if len(self._heads) >= REMEMBERED_HEADS:
                 self._heads.clear()
             self._heads[text] = head
-        return head + f"{rfc822_formatted_time()}\r\nServer: {SERVER_SOFTWARE}\r\n\r\n".encode("ascii")
+        return head + _head_end()
 
     def _is_plain(self, block: bytes) -> bool:
         known = self._plain.get(block)
@@ -124,13 +134,29 @@ class FastNarinfos:
         return len(hosts) == 1 and self._own_host(hosts[0])
 
 
+def _nar(cache: Cache, key: str) -> bytes | None:
+    """Return the answer to a request for a small object, None for any other. Raises `ObjectStoreError`."""
+    content = cache.small_object(key, SMALL_FILE_BYTES)
+    if content is None:
+        return None
+    cache.counters.nar_requests += 1
+    cache.counters.nar_bytes += len(content)
+    tag = key.rpartition("/")[2]
+    head = f'HTTP/1.1 200 OK\r\n{_NAR_HEAD}Etag: "{tag}"\r\nContent-Length: {len(content)}\r\nDate: '
+    return head.encode("ascii") + _head_end() + content
+
+
+def _head_end() -> bytes:
+    return f"{rfc822_formatted_time()}\r\nServer: {SERVER_SOFTWARE}\r\n\r\n".encode("ascii")
+
+
 class FastConnection(GuardedConnection):
     """One client's connection."""
 
     __slots__ = ("_fast", "_whole")
 
     def __init__(
-        self, fast: FastNarinfos, gate: ConnectionGate, address: str, manager: web.Server, **options: Any
+        self, fast: FastAnswers, gate: ConnectionGate, address: str, manager: web.Server, **options: Any
     ) -> None:
         super().__init__(gate, address, manager, **options)
         self._fast = fast
@@ -141,7 +167,8 @@ class FastConnection(GuardedConnection):
         """Answer, or pass on."""
         if self._whole and data:
             if self._waiter is not None and not self._waiter.done() and not self._paused and self.transport is not None:
-                answer = self._fast.answer(data)
+                # A crowd's downloads are refused by aiohttp's middleware (`require_room`).
+                answer = self._fast.answer(data, with_nars=self.known or not self.gate.crowded)
                 if answer is not None:
                     self.transport.write(answer)
                     self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
@@ -165,7 +192,7 @@ class FastSite(web.BaseSite):
     __slots__ = ("_accepting", "_fast", "_gate", "_socket")
 
     def __init__(
-        self, runner: web.BaseRunner, listener: socket.socket, fast: FastNarinfos, gate: ConnectionGate | None = None
+        self, runner: web.BaseRunner, listener: socket.socket, fast: FastAnswers, gate: ConnectionGate | None = None
     ) -> None:
         """The socket is closed with the site."""
         super().__init__(runner)
