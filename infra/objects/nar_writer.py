@@ -40,6 +40,8 @@ BLOCK_BYTES = 1024 * 1024
 SLICE_BYTES = 256 * 1024
 #: NAR bytes per zstd frame, a multiple of both: a reader may seek to, or unpack in parallel, whole frames.
 FRAME_BYTES = 16 * BLOCK_BYTES
+#: Compressed bytes that a thread makes of files at a time: each change of threads costs as much as compressing 100 KB.
+MADE_BYTES = 4 * 1024 * 1024
 #: Compressed bytes that wait in memory for the final key.
 QUICK_BYTES = 8 * 1024 * 1024
 
@@ -222,11 +224,13 @@ async def compressing_files(
 ) -> AsyncIterator[CompressedNar]:
     """Do the same with chunks that block, all in threads: reading, hashing and compressing are one walk.
 
+    Pieces have MADE_BYTES but for the last; one is made while the one before is used.
+
     Raises:
         OSError: reading failed; as `chunks` gives it.
     """
     encoder = _Encoder(compression)
-    async with aclosing(_ahead(_encode(encoder, chunks))) as pieces:
+    async with aclosing(_ahead(_cut(_encode(encoder, chunks)))) as pieces:
         yield CompressedNar(encoder, pieces)
 
 
@@ -369,6 +373,22 @@ def _slices(chunks: Iterable[bytes]) -> Iterator[memoryview]:
                 filled = 0
     if filled:
         yield buffer[:filled]
+
+
+def _cut(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the bytes of `pieces` as pieces of MADE_BYTES, but for the last."""
+    parts: list[memoryview] = []
+    room = MADE_BYTES
+    for piece in pieces:
+        rest = memoryview(piece)
+        while len(rest) >= room:
+            yield b"".join([*parts, rest[:room]])
+            parts, rest, room = [], rest[room:], MADE_BYTES
+        if rest:
+            parts.append(rest)
+            room -= len(rest)
+    if parts:
+        yield b"".join(parts)
 
 
 async def _ahead(pieces: Iterator[bytes]) -> AsyncGenerator[bytes, None]:

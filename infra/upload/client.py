@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from infra.exchange import AddressError, BadAnswerError, Connections
 from infra.objects.compression import COMPRESSION, Compression
-from infra.objects.nar_writer import CompressedNar
+from infra.objects.nar_writer import MADE_BYTES, CompressedNar
 from infra.retry import spread
 from infra.upload.answers import parse, require_success
 from infra.upload.errors import BehindError, SenderRefusedError, UploadFailedError
@@ -30,7 +30,6 @@ from infra.upload.pieces import gathered, one_ahead
 from infra.upload.protocol import (
     MAX_PATHS,
     MAX_URLS,
-    PIECE_BYTES,
     SINGLE_BYTES,
     UPLOAD_TTL_S,
     Begin,
@@ -272,7 +271,7 @@ class UploadClient:
 
     async def _relay(self, upload: str, claim: PathClaim, pieces: AsyncIterator[bytes]) -> tuple[str, ...]:
         offset = there = 0
-        async with aclosing(one_ahead(gathered(pieces, PIECE_BYTES))) as ready:
+        async with aclosing(one_ahead(gathered(pieces, MADE_BYTES))) as ready:
             async for piece in ready:
                 end = offset + len(piece)
                 if there < end:

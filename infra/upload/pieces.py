@@ -6,17 +6,23 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 
 
-async def gathered(pieces: AsyncIterator[bytes], size: int) -> AsyncIterator[bytes]:
-    """Join pieces to such of exactly `size` bytes, but for the last."""
-    buffer = bytearray()
+async def gathered(pieces: AsyncIterator[bytes], size: int) -> AsyncGenerator[bytes, None]:
+    """Join pieces to such of exactly `size` bytes, but for the last; those that have it are passed on as they are."""
+    parts: list[bytes | memoryview] = []
+    room = size
     async for piece in pieces:
-        buffer += piece
-        while len(buffer) >= size:
-            full = bytes(memoryview(buffer)[:size])
-            del buffer[:size]
-            yield full
-    if buffer:
-        yield bytes(buffer)
+        if not parts and len(piece) == size:
+            yield piece
+            continue
+        rest = memoryview(piece)
+        while len(rest) >= room:
+            yield b"".join([*parts, rest[:room]])
+            parts, rest, room = [], rest[room:], size
+        if rest:
+            parts.append(rest)
+            room -= len(rest)
+    if parts:
+        yield b"".join(parts)
 
 
 async def one_ahead(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
