@@ -79,7 +79,7 @@ async def test_an_answer_that_breaks_off_is_a_broken_connection(raw: bytes) -> N
 
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-#: More than the buffers of two sockets take while nobody reads.
+#: More than the buffers of two sockets take while nothing is read.
 LARGE = bytes(32 * 1024 * 1024)
 
 

@@ -374,7 +374,7 @@ class Catalog:
             except Exception as error:  # noqa: BLE001 - it is theirs who wait
                 for waiting in some.values():
                     waiting.set_exception(error)
-                    # Nobody may be left to take it.
+                    # All of them may have left.
                     waiting.exception()
             else:
                 for hash_part, waiting in some.items():
