@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bz2
 import lzma
+from collections.abc import Callable
 from typing import IO, Final, Literal, Protocol, cast
 
 import zstandard
@@ -91,6 +92,34 @@ def unpacker(compression: str, source: NarBytes, read_size: int) -> Unpacker:
             return source
         case _:
             raise DecodeError(f"compression is {compression[:20]!r}, which this cache does not read")
+
+
+def unpacking_zstd(take: Callable[[bytes], None], most_bytes: int) -> Callable[[bytes], None]:
+    """Return what takes the next bytes of a zstd file and gives `take` what they unpack to, `most_bytes` at a time.
+
+    It raises `DecodeError` for bytes that are not valid, and what `take` raises, which ends the unpacking.
+    """
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+    writer = decompressor.stream_writer(cast("IO[bytes]", _Taker(take)), write_size=most_bytes, closefd=False)
+
+    def feed(data: bytes) -> None:
+        try:
+            writer.write(data)
+        except zstandard.ZstdError:
+            raise DecodeError("the file is not valid zstd") from None
+
+    return feed
+
+
+class _Taker:
+    """A file to write to."""
+
+    def __init__(self, take: Callable[[bytes], None]) -> None:
+        self._take = take
+
+    def write(self, data: bytes) -> int:
+        self._take(data)
+        return len(data)
 
 
 class _Zstd:

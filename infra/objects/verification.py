@@ -1,6 +1,7 @@
 """An object's NAR, decompressed and held against what was promised of it.
 
-The one reader of NAR objects: publishing discards what it yields, workers unpack it. It runs where it may block (a
+`VerifiedNar` is the reader of NAR objects: publishing discards what it yields, workers unpack it. `ArrivingNar` unpacks
+and hashes an object while it comes, so that it need not be read back. Both run where they may block (a
 thread; hashing and decompression release the interpreter lock) and holds about one READ_BYTES of each side and the
 decoder's bounded memory (`compression`), whatever the object claims: output is taken from the decompressor in bounded
 pieces, and reading stops once it exceeds the promised size, so a small object that unpacks to terabytes costs no more
@@ -13,7 +14,7 @@ from hashlib import sha256
 
 from infra.nix.hashing import sha256_text
 from infra.nix.narinfo import NarInfo
-from infra.objects.compression import DecodeError, unpacker
+from infra.objects.compression import DecodeError, unpacker, unpacking_zstd
 from infra.objects.errors import CorruptNarError, ObjectStoreError
 from infra.objects.store import READ_BYTES, BlockingSource
 
@@ -91,6 +92,43 @@ class VerifiedNar:
     def close(self) -> None:
         """Let go of the object."""
         self._source.close()
+
+
+class ArrivingNar:
+    """Hash and size of the NAR in an object whose bytes come piece by piece, within the bounds of `VerifiedNar`."""
+
+    def __init__(self, compression: str, nar_size: int) -> None:
+        """Expect a NAR of `nar_size` bytes. Raises `ValueError` for a compression that is not unpacked in pieces."""
+        self._most = nar_size
+        self._size = 0
+        self._hash = sha256()
+        self._is_broken = False
+        match compression:
+            case "zstd":
+                self._take = unpacking_zstd(self._count, READ_BYTES)
+            case "none":
+                self._take = self._count
+            case _:
+                raise ValueError(compression)
+
+    def feed(self, data: bytes) -> None:
+        """Take the object's next bytes. What is not valid, or too much, is remembered and not unpacked further."""
+        if not self._is_broken:
+            try:
+                self._take(data)
+            except DecodeError:
+                self._is_broken = True
+
+    def proves(self, nar_hash: str, nar_size: int) -> bool:
+        """Return whether what came is the object of this NAR; asked once all of it has come."""
+        found = (sha256_text(self._hash.digest()), self._size)
+        return not self._is_broken and found == (nar_hash, nar_size)
+
+    def _count(self, nar: bytes) -> None:
+        self._size += len(nar)
+        if self._size > self._most:
+            raise DecodeError("it unpacks to more than was promised")
+        self._hash.update(nar)
 
 
 def verify_nar(source: BlockingSource, promise: NarInfo) -> None:

@@ -17,10 +17,14 @@ from yarl import URL
 
 from coordinator.config import Settings
 from coordinator.security.upload_tokens import UploadTokens
+from infra.cache.publishing import publisher as publisher_module
 from infra.cache.uploads.relay import blocks
 from infra.clock import SystemClock
+from infra.nix.narinfo import NarInfo
 from infra.objects.compression import Compression
 from infra.objects.nar_writer import UploadedNar, compress_now
+from infra.objects.store import BlockingSource
+from infra.objects.verification import verify_nar
 from infra.upload.client import UploadClient
 from infra.upload.packs import MAGIC, SourceChangedError, make_pack
 from infra.upload.protocol import (
@@ -30,9 +34,11 @@ from infra.upload.protocol import (
     Begin,
     Begun,
     Commit,
+    Committed,
     PathClaim,
     SendStatus,
     SendVerdict,
+    SentPath,
 )
 from tests.support.cache import store_path
 from tests.support.patience import PATIENCE_S
@@ -79,6 +85,39 @@ async def test_of_many_small_paths_in_packs_the_good_ones_are_published_and_a_ba
         goods[0].nar, goods[-1].nar, None, None,
     ]  # fmt: skip
     assert [entry.key async for entry in site.coordinator.cache.objects.list("incoming")] == []
+
+
+@pytest.mark.parametrize("place", ["directory"], indirect=True)
+async def test_a_large_object_is_verified_while_it_arrives_and_not_read_back(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_back: list[str] = []
+
+    def verify(source: BlockingSource, promise: NarInfo) -> None:
+        read_back.append(promise.store_path)
+        verify_nar(source, promise)
+
+    monkeypatch.setattr(publisher_module, "verify_nar", verify)
+    honest, liar = thing("honest", LARGE[:9_000_000]), thing("liar", LARGE[9_000_000:12_000_000])
+    liar = replace(liar, claim=liar.claim.model_copy(update={"nar_hash": honest.claim.nar_hash}))
+    assert await site.push(honest) == {honest.claim.path: SendStatus.PUBLISHED}
+    assert await site.nar(honest.claim.path) == honest.nar
+    assert read_back == []
+    # A sender that lies, whose object is what it says it sent: only reading it finds the NAR to be another.
+    data, made = compress_now(iter([liar.nar]))
+    base, headers = f"{site.coordinator.ready.cache_url}/uploads", {"Authorization": f"Bearer {site.token}"}
+    async with site.session.post(base, data=begin_of(liar.claim), headers=headers) as response:
+        upload = Begun.model_validate_json(await response.read()).id
+    url = f"{base}/{upload}/nar/{liar.claim.path}?offset=0"
+    async with site.session.put(url, data=BytesIO(data), headers=headers) as response:
+        assert response.status == 200
+    stored = made.stored
+    sent = SentPath(path=liar.claim.path, file_hash=stored.file_hash, file_size=stored.file_size)
+    commit = Commit(sent=(sent,)).model_dump_json().encode()
+    async with site.session.post(f"{base}/{upload}/commit", data=commit, headers=headers) as response:
+        (verdict,) = Committed.model_validate_json(await response.read()).verdicts
+    assert (verdict.status, read_back) == (SendStatus.REFUSED, [f"/nix/store/{liar.claim.path}"])
+    assert await site.nar(liar.claim.path) is None
 
 
 @pytest.mark.parametrize("place", ["directory"], indirect=True)

@@ -1,5 +1,8 @@
 """Objects that arrive in pieces: one file for each slot, hashed while it grows, moved to its place when it is whole.
 
+What will be published is unpacked while it grows too, so that the commit need not read it back; at most MAX_PROOFS
+objects at one time, and only those that came whole to one process. All others are read back.
+
 The files are the directory `incoming/` of a store that is a directory, so that placing an object is a rename; else they
 lie in a directory of the coordinator. They outlive this process and are found again by their slot: a client that
 sends the object anew goes on where it ends. The holder of a slot (`Uploads` gives turns) alone may write to it.
@@ -9,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -21,21 +24,27 @@ from infra.nix.hashing import sha256_text
 from infra.objects.errors import ObjectMissingError, ObjectStoreError, StoreFullError
 from infra.objects.nar_writer import BLOCK_BYTES
 from infra.objects.store import FULL, INCOMING, LocalObjectStore, ObjectStore, says_full
+from infra.objects.verification import ArrivingNar
 from infra.upload.protocol import SINGLE_BYTES
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
+#: Objects that are unpacked while they arrive: 8 MiB of memory each.
+MAX_PROOFS: Final = 16
+#: Threads that unpack at one time, for as long as a block's NAR bytes take.
+UNPACKING: Final = 4
 #: Slots whose running hash is kept; the hash of another is computed again from its file.
 MAX_HASHES: Final = 1024
 
 
 @dataclass(slots=True)
 class _Running:
-    """The hash of a slot's bytes so far."""
+    """The hash of a slot's bytes so far, and of the NAR in them."""
 
     size: int = 0
     hash: _Hash = field(default_factory=sha256)
+    nar: ArrivingNar | None = None
 
 
 class RelayStaging:
@@ -45,13 +54,23 @@ class RelayStaging:
         self._objects = objects
         self._directory = objects.local_path(INCOMING) or directory
         self._running: dict[str, _Running] = {}
+        self._unpacking = asyncio.Semaphore(UNPACKING)
 
     def size(self, slot: str) -> int:
         """Return how many bytes of an object have arrived."""
         return _size(self._file(slot))
 
-    async def append(self, slot: str, offset: int, data: AsyncIterable[bytes], most_bytes: int) -> int:
+    async def append(
+        self,
+        slot: str,
+        offset: int,
+        data: AsyncIterable[bytes],
+        most_bytes: int,
+        unpacked: Callable[[], ArrivingNar | None] = lambda: None,
+    ) -> int:
         """Add a piece to an object; returns how many bytes it has then. What came before an error stays.
+
+        `unpacked` gives what unpacks an object that begins.
 
         Raises:
             WrongOffsetError: it does not begin where the object ends.
@@ -63,14 +82,25 @@ class RelayStaging:
         running = await self._hash_so_far(slot)
         if offset != running.size:
             raise WrongOffsetError(running.size)
+        if not running.size and sum(each.nar is not None for each in self._running.values()) < MAX_PROOFS:
+            running.nar = unpacked()
         async for block in blocks(data):
             if running.size + len(block) > most_bytes:
                 raise BadUploadError("the object is larger than its NAR can become")
-            if len(block) < BLOCK_BYTES // 4:
+            if running.nar is not None:
+                # A small block may unpack to a large part of a NAR.
+                async with self._unpacking:
+                    await asyncio.to_thread(_write, file, running, block)
+            elif len(block) < BLOCK_BYTES // 4:
                 _write(file, running, block)
             else:
                 await asyncio.to_thread(_write, file, running, block)
         return running.size
+
+    def proves(self, slot: str, nar_hash: str, nar_size: int) -> bool:
+        """Return whether what arrived, all of it in this process, was found to be the object of this NAR."""
+        running = self._running.get(slot)
+        return running is not None and running.nar is not None and running.nar.proves(nar_hash, nar_size)
 
     async def place(self, slot: str, key: str, file_hash: str, file_size: int) -> bool:
         """Put a whole object where it is published from; False where it has another hash or size.
@@ -142,6 +172,8 @@ def _write(file: Path, running: _Running, block: bytes) -> None:
         raise ObjectStoreError(f"cannot write what is uploaded: {error.strerror}") from error
     running.hash.update(block)
     running.size += len(block)
+    if running.nar is not None:
+        running.nar.feed(block)
 
 
 def _size(file: Path) -> int:
@@ -162,20 +194,22 @@ def _hash_file(file: Path) -> _Running:
 
 async def blocks(data: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
     """Gather what arrives into blocks of about BLOCK_BYTES; where it breaks off, what came before is given first."""
-    gathered = bytearray()
+    gathered: list[bytes] = []
+    size = 0
     try:
         async for chunk in data:
-            gathered += chunk
-            if len(gathered) >= BLOCK_BYTES:
-                block = bytes(gathered)
-                gathered.clear()
+            gathered.append(chunk)
+            size += len(chunk)
+            if size >= BLOCK_BYTES:
+                block = b"".join(gathered)
+                gathered, size = [], 0
                 yield block
     except ConnectionError:
         if gathered:
-            yield bytes(gathered)
+            yield b"".join(gathered)
         raise
     if gathered:
-        yield bytes(gathered)
+        yield b"".join(gathered)
 
 
 async def _read_file(file: Path) -> AsyncIterator[bytes]:

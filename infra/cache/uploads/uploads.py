@@ -21,18 +21,14 @@ import secrets
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
 from infra.cache.cache import Cache
 from infra.cache.publishing.claims import (
-    AlreadyPublished,
-    Conflict,
     ProvenObject,
-    Published,
-    PublishOutcome,
-    RejectReason,
 )
 from infra.cache.pulls.upstream import Upstream
 from infra.cache.pulls.upstream_pulls import Pulls
@@ -46,11 +42,13 @@ from infra.cache.uploads.errors import (
 from infra.cache.uploads.packs import PackIntake
 from infra.cache.uploads.relay import RelayStaging
 from infra.cache.uploads.s3_direct import DirectUploads, staged_key
+from infra.cache.uploads.verdicts import refused, stored, verdict_of
 from infra.nix.errors import FormatError
 from infra.nix.hashing import sha256_text
 from infra.nix.narinfo import NarInfo
 from infra.objects.compression import SUFFIXES, nar_key
 from infra.objects.errors import CacheError, ObjectMissingError, ObjectStoreError
+from infra.objects.verification import ArrivingNar
 from infra.retry import Outage
 from infra.upload.protocol import (
     SINGLE_BYTES,
@@ -315,7 +313,15 @@ class Uploads:
         claim = self._claim(self._find(sender, name), path)
         slot = self._slot(sender, claim)
         async with self._lock(slot):
-            return await self._staging.append(slot, offset, data, most_bytes(claim.nar_size))
+            # What a worker sends is verified when its build is reported.
+            unpacked = partial(self._unpacked, claim) if sender.publishes else _nothing
+            return await self._staging.append(slot, offset, data, most_bytes(claim.nar_size), unpacked)
+
+    def _unpacked(self, claim: PathClaim) -> ArrivingNar | None:
+        try:
+            return ArrivingNar(self._cache.compression, claim.nar_size)
+        except ValueError:
+            return None
 
     async def pack(self, sender: Sender, name: str, data: AsyncIterable[bytes]) -> PackTaken:
         """Take a pack of small objects; what came whole before an error stays.
@@ -346,40 +352,39 @@ class Uploads:
         upload = self._find(sender, name)
         claims = [self._claim(upload, sent.path) for sent in request.sent]
         placed: dict[str, SendVerdict] = {}
+        proofs: set[ProvenObject] = set()
 
         in_packs = self._packs.arrived(claims, request.sent, lambda claim: self._slot(sender, claim))
-        placed.update(
-            (sent.path, _stored(sent.path, self._key(sent))) for sent in request.sent if sent.path in in_packs
-        )
+        placed.update((sent.path, stored(sent.path, self._key(sent))) for sent in request.sent if sent.path in in_packs)
 
         async def place(claim: PathClaim, sent: SentPath) -> None:
             async with self._placing, self._lock(self._slot(sender, claim)):
-                placed[claim.path] = await self._place(sender, upload, claim, sent)
+                placed[claim.path] = await self._place(sender, upload, claim, sent, proofs)
 
         async with asyncio.TaskGroup() as tasks:
             for claim, sent in zip(claims, request.sent, strict=True):
                 if sent.path not in in_packs:
                     tasks.create_task(place(claim, sent))
         if sender.publishes:
-            stored = [
+            arrived = [
                 (claim, sent)
                 for claim, sent in zip(claims, request.sent, strict=True)
                 if placed[claim.path].status is SendStatus.STORED
             ]
             narinfos = [
                 NarInfo(claim.info(self._cache.store_dir), sent.stored(placed[claim.path].url, self._cache.compression))
-                for claim, sent in stored
+                for claim, sent in arrived
             ]
             await self._keep(name, upload, request.keep)
             pulled = await self._pulls.pull({upload.claims[path]: up for path, up in upload.elsewhere.items()})
-            proofs = frozenset(
+            proofs.update(
                 ProvenObject(placed[path].url, upload.claims[path].nar_hash, upload.claims[path].nar_size)
                 for path in in_packs
             )
             outcomes = (await self._cache.publish([*pulled, *narinfos], proofs=proofs))[len(pulled) :]
             self._packs.forget(in_packs.values())
-            for (claim, _), outcome in zip(stored, outcomes, strict=True):
-                placed[claim.path] = _verdict(claim.path, outcome, placed[claim.path].url)
+            for (claim, _), outcome in zip(arrived, outcomes, strict=True):
+                placed[claim.path] = verdict_of(claim.path, outcome, placed[claim.path].url)
         return Committed(verdicts=tuple(placed[claim.path] for claim in claims))
 
     async def _keep(self, name: str, upload: _Upload, request: KeepRequest | None) -> None:
@@ -393,12 +398,14 @@ class Uploads:
         expires_at = self._now() + request.days * DAY_S if request.days else None
         await self._cache.keep(PUSH, request.name, [self._full(path) for path in request.paths], expires_at)
 
-    async def _place(self, sender: Sender, upload: _Upload, claim: PathClaim, sent: SentPath) -> SendVerdict:
-        """Move an object to where it is published from; the caller holds its slot."""
+    async def _place(
+        self, sender: Sender, upload: _Upload, claim: PathClaim, sent: SentPath, proofs: set[ProvenObject]
+    ) -> SendVerdict:
+        """Move an object to where it is published from; the caller holds its slot. `proofs` gets what is proven."""
         slot = self._slot(sender, claim)
         try:
             if self._direct is None:
-                return await self._place_relayed(slot, claim, sent)
+                return await self._place_relayed(slot, claim, sent, proofs)
             if sent.etags:
                 return await self._place_parts(self._direct, upload, claim, sent)
             return await self._place_small(slot, claim, sent)
@@ -407,31 +414,36 @@ class Uploads:
         except ObjectStoreError as error:
             return SendVerdict(path=claim.path, status=SendStatus.FAILED, message=str(error))
 
-    async def _place_relayed(self, slot: str, claim: PathClaim, sent: SentPath) -> SendVerdict:
+    async def _place_relayed(
+        self, slot: str, claim: PathClaim, sent: SentPath, proofs: set[ProvenObject]
+    ) -> SendVerdict:
         key = self._key(sent)
+        is_proven = self._staging.proves(slot, claim.nar_hash, claim.nar_size)
         whole = await self._staging.place(slot, key, sent.file_hash, sent.file_size)
-        return _stored(claim.path, key) if whole else _refused(claim.path, _DAMAGED)
+        if whole and is_proven:
+            proofs.add(ProvenObject(key, claim.nar_hash, claim.nar_size))
+        return stored(claim.path, key) if whole else refused(claim.path, _DAMAGED)
 
     async def _place_small(self, slot: str, claim: PathClaim, sent: SentPath) -> SendVerdict:
         objects, key, staged = self._cache.objects, self._key(sent), staged_key(slot)
         size = await objects.head(staged)
         if size is None:
             there = await objects.head(key) == sent.file_size
-            return _stored(claim.path, key) if there else _refused(claim.path, "its object was not sent")
+            return stored(claim.path, key) if there else refused(claim.path, "its object was not sent")
         data = await objects.get_bytes(staged) if size == sent.file_size <= SINGLE_BYTES else b""
         if sha256_text(sha256(data).digest()) != sent.file_hash:
             await objects.delete(staged)
-            return _refused(claim.path, _DAMAGED)
+            return refused(claim.path, _DAMAGED)
         # Written from memory: the address of the staged object is still good.
         await objects.put_bytes(key, data)
         await objects.delete(staged)
-        return _stored(claim.path, key)
+        return stored(claim.path, key)
 
     async def _place_parts(
         self, direct: DirectUploads, upload: _Upload, claim: PathClaim, sent: SentPath
     ) -> SendVerdict:
         if claim.path not in upload.multiparts:
-            return _refused(claim.path, "its parts were not sent in this upload")
+            return refused(claim.path, "its parts were not sent in this upload")
         key, multipart = upload.multiparts[claim.path]
         try:
             await direct.complete(key, multipart, sent.etags)
@@ -440,7 +452,7 @@ class Uploads:
             if await self._cache.objects.head(key) != sent.file_size:
                 del upload.multiparts[claim.path]
                 raise
-        return _stored(claim.path, key)
+        return stored(claim.path, key)
 
     # Names.
 
@@ -465,29 +477,9 @@ class Uploads:
                 del self._turns[slot]
 
 
+def _nothing() -> None:
+    return None
+
+
 def _lease(name: str) -> str:
     return f"upload-{name}"
-
-
-def _stored(path: str, key: str) -> SendVerdict:
-    return SendVerdict(path=path, status=SendStatus.STORED, url=key)
-
-
-def _refused(path: str, message: str) -> SendVerdict:
-    return SendVerdict(path=path, status=SendStatus.REFUSED, message=message)
-
-
-def _verdict(path: str, outcome: PublishOutcome, url: str) -> SendVerdict:
-    match outcome:
-        case Published():
-            return SendVerdict(path=path, status=SendStatus.PUBLISHED, url=url)
-        case AlreadyPublished():
-            return SendVerdict(path=path, status=SendStatus.PRESENT, url=url)
-        case Conflict(published_nar_hash=published):
-            message = f"other bits were published before ({published}) and stay"
-            return SendVerdict(path=path, status=SendStatus.CONFLICT, message=message)
-    status = {
-        RejectReason.MISSING_REFERENCES: SendStatus.MISSING_REFERENCES,
-        RejectReason.STORE_FAILED: SendStatus.FAILED,
-    }.get(outcome.reason, SendStatus.REFUSED)
-    return SendVerdict(path=path, status=status, message=outcome.message, missing=outcome.missing)
