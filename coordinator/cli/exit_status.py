@@ -6,9 +6,10 @@ of the client's own errors end alike, and so that nothing slow is imported to fa
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from coordinator.api.models import SubmissionState
+if TYPE_CHECKING:
+    from coordinator.api.models import SubmissionState
 
 OK: Final = 0
 BUILD_FAILED: Final = 1
@@ -24,12 +25,6 @@ NOT_WHOLE: Final = 8
 DRIFTED: Final = 9
 INTERRUPTED: Final = 130
 
-_ENDED: Final = {
-    SubmissionState.SUCCEEDED: OK,
-    SubmissionState.CANCELLED: CANCELLED,
-    SubmissionState.SUPERSEDED: SUPERSEDED,
-    SubmissionState.EXPIRED: EXPIRED,
-}
 #: Code of an error -> exit status. What the caller can change by calling otherwise is 2, what must change in the
 #: evaluated files is 3; the same call may succeed later where it is 4.
 STATUSES: Final = {
@@ -99,7 +94,15 @@ STATUSES: Final = {
 
 def ended_status(state: SubmissionState) -> int:
     """Return the exit status for the end of a submission."""
-    return _ENDED.get(state, BUILD_FAILED)
+    from coordinator.api.models import SubmissionState  # noqa: PLC0415 - slow to import; who has a state has it
+
+    ended = {
+        SubmissionState.SUCCEEDED: OK,
+        SubmissionState.CANCELLED: CANCELLED,
+        SubmissionState.SUPERSEDED: SUPERSEDED,
+        SubmissionState.EXPIRED: EXPIRED,
+    }
+    return ended.get(state, BUILD_FAILED)
 
 
 def status_of(code: str) -> int:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from coordinator.errors import CoordinatorError
 from infra.dependency_order import CycleError, inputs_first
-from infra.nix.drv_head import DrvHead, read_head
 from infra.nix.errors import FormatError, NixError
 from infra.nix.path_info import PathInfo
 
 if TYPE_CHECKING:
     from coordinator.api.streams import SourceHeader
+    from infra.nix.drv_head import DrvHead
 
 #: Content addresses by which `infra.nix.ca` verifies a source.
 VERIFIABLE = ("text:sha256:", "fixed:r:sha256:", "fixed:sha256:")
@@ -73,6 +73,8 @@ class LocalStore:
         Raises:
             ClosureError: It is not there, cannot be read, or is no derivation.
         """
+        from infra.nix.drv_head import read_head  # noqa: PLC0415 - slow to import, and a push reads no derivation
+
         try:
             return read_head(self.read(drv))
         except FormatError as error:
