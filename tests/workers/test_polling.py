@@ -12,7 +12,8 @@ import pytest
 
 from tests.support.local_fleet import InProcessFleet, LocalCalls
 from tests.support.patience import PATIENCE_S
-from workers.agent.agent import Agent
+from workers.agent.agent import Agent, AgentError
+from workers.agent.settings import WorkerSettings
 from workers.ray_transport.actor import AgentHost
 from workers.wire import polling
 from workers.wire.fleet import (
@@ -32,6 +33,7 @@ from workers.wire.messages import (
     MAX_NAMES,
     MAX_SENTENCE,
     MAX_SLOTS,
+    ORDERS,
     PROTOCOL_VERSION,
     Batch,
     CallName,
@@ -42,6 +44,7 @@ from workers.wire.messages import (
     Stage,
     StageChange,
     Succeeded,
+    Vitals,
 )
 from workers.wire.polling import (
     DERIVATION_BYTES_PER_CALL,
@@ -153,6 +156,32 @@ async def test_an_agent_that_the_farm_takes_for_another_life_of_it_is_greeted_ag
     assert names(said) == ["Connected", "Spoke", "Connected", "Spoke", "Gone"]
     # What was refused was not acknowledged.
     assert script.acks == [0, 0, 3]
+
+
+async def test_what_a_newer_agent_says_besides_is_passed_over() -> None:
+    chunk = LogChunk(step="s", attempt=1, offset=0, data=b"x").dump() | {"colour": "red"}
+    later = batch(9) | {"mood": "good", "vitals": {"load": 0.5, "noise": 3}, "events": [chunk]}
+    said = await heard(Script(hello() | {"shoe_size": 43}, later))
+    assert names(said) == ["Connected", "Spoke", "Gone"]
+    assert isinstance(spoke := said[1], WorkerSpoke)
+    assert (spoke.batch.last, spoke.batch.vitals, len(spoke.batch.events)) == (9, Vitals(load=0.5), 1)
+
+
+async def test_sides_of_different_protocols_refuse_each_other_in_one_sentence() -> None:
+    """Whatever else the other one says: it may be nothing that we can read."""
+    other = PROTOCOL_VERSION + 1
+    refused = (await heard(Script({"protocol": other, "says": "hi"}, hello())))[0]
+    sentence = f"the agent speaks protocol {other}, this coordinator {PROTOCOL_VERSION}; update the older one"
+    assert refused == WorkerSilent("node", "", sentence)
+    agent = Agent(WorkerSettings.model_validate({"name": "w", "state_dir": "/x", "store": "/y"}))
+    with pytest.raises(AgentError, match=f"the coordinator speaks protocol {other}, worker w {PROTOCOL_VERSION}; up"):
+        await agent.hello({"protocol": other, "says": "hi"})
+
+
+def test_what_a_newer_coordinator_says_besides_is_passed_over() -> None:
+    assert FarmInfo.model_validate(FARM.dump() | {"weather": "fine"}) == FARM
+    wanted = order(drv("any", ":"), silence_s=7)
+    assert ORDERS.validate_python((wanted.dump() | {"weather": "fine"},)) == (wanted,)
 
 
 async def test_a_batch_whose_sink_failed_is_never_acknowledged() -> None:

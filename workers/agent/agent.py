@@ -49,6 +49,7 @@ from workers.wire.messages import (
     FarmInfo,
     HeldLease,
     Hello,
+    Introduction,
     Vitals,
 )
 
@@ -175,9 +176,13 @@ class Agent:
     async def hello(self, farm: dict[str, Any]) -> dict[str, Any]:
         """Introduce both sides; takes `FarmInfo`, gives `Hello`. Starts the agent where it is not started.
 
-        Raises `AgentError` where this machine does not see the farm's object store, `StaleCoordinatorError` where a
-        later coordinator has greeted it.
+        Raises `AgentError` where this machine does not see the farm's object store or the coordinator speaks another
+        protocol, `StaleCoordinatorError` where a later coordinator has greeted it.
         """
+        if (spoken := Introduction.model_validate(farm).protocol) != PROTOCOL_VERSION:
+            raise AgentError(
+                f"the coordinator speaks protocol {spoken}, worker {self.name} {PROTOCOL_VERSION}; update the older one"
+            )
         info = FarmInfo.model_validate(farm)
         self._check_epoch(info.epoch)
         await self.start()

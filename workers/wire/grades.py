@@ -94,7 +94,7 @@ class CanaryReport(BaseModel):
 class IsolationGrade(BaseModel):
     """The class of a worker, why it is no better, and what it follows from."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     level: Literal["A", "B", "C"] = "C"
     #: A clause each, weightiest first; empty for class A.

@@ -11,6 +11,13 @@ carries the epoch of its coordinator: a call of one that another has taken over 
     drain(bool) -> None                     no new work while true
     provide([path], token) -> [Output]      uploads again what is valid in the worker's store, for a cache that lost it
 
+Either side may be the newer one, because agents outlive the update of their coordinator. Rules:
+
+1. What is only added, and means nothing bad where it is not known, leaves `PROTOCOL_VERSION` as it is: each side passes
+   over fields that it does not know, and every new one has a default that says "an older peer did not say".
+2. All else raises it: a field that must be obeyed (a limit of a build), another meaning, a new kind of event or value.
+   Sides of different protocols refuse each other in one sentence, whatever else they say.
+
 A call is defined three times: `workers.wire.fleet.Fleet` (the port), `workers.wire.polling.AgentRoster` (sends it) and
 `workers.agent.agent.Agent` (answers it). Transports carry every call of `CallName` alike.
 """
@@ -67,19 +74,24 @@ Sentence = Annotated[str, Field(max_length=MAX_SENTENCE)]
 
 
 class WireMessage(BaseModel):
-    """Base of all wire messages: immutable, strict about unknown fields."""
+    """Base of all wire messages: immutable, and deaf to fields of a newer peer."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     def dump(self) -> dict[str, Any]:
         """Return plain containers for the transport."""
         return self.model_dump()
 
 
-class FarmInfo(WireMessage):
-    """Description of the farm for an agent."""
+class Introduction(WireMessage):
+    """First words of either side, in whatever protocol it speaks."""
 
     protocol: int = PROTOCOL_VERSION
+
+
+class FarmInfo(Introduction):
+    """Description of the farm for an agent."""
+
     #: Where the binary cache answers, without a trailing slash, for example `http://127.0.0.1:7878/cache`.
     cache_url: str
     #: `name:base64` of every key whose signature makes an input acceptable.
@@ -137,8 +149,8 @@ _LIMITS_ON_THE_WIRE = frozenset(field.alias or name for name, field in BuildLimi
 class LeaseOrder(WireMessage):
     """One build to do. The agent parses `derivation` itself; no .drv file is needed on its machine.
 
-    On the wire the fields of `limits` stand among the order's own, because agents of protocol 2, which outlive the
-    update of their coordinator, read them there and refuse a field that they do not know.
+    On the wire the fields of `limits` stand among the order's own, because agents of protocol 2 read them there. Those
+    of before 2026-11-30 refuse a field that they do not know.
     """
 
     step: str
@@ -197,10 +209,9 @@ class HeldLease(WireMessage):
 HeldLeases = Annotated[tuple[HeldLease, ...], Field(max_length=MAX_HELD)]
 
 
-class Hello(WireMessage):
+class Hello(Introduction):
     """Description of an agent by itself."""
 
-    protocol: int
     #: The worker's name, unique in the farm.
     worker: Name
     #: New at every start of the agent.

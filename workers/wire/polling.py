@@ -32,6 +32,7 @@ from workers.wire.messages import (
     CallName,
     FarmInfo,
     Hello,
+    Introduction,
     Lease,
     LeaseOrder,
     Output,
@@ -90,14 +91,14 @@ async def greet(calls: AgentCalls, farm: FarmInfo) -> Hello:
     """Introduce both sides. Raises `AgentUnavailable` (also for an answer that cannot be read) or `AgentDead`."""
     answer = await _in_time(calls, CALL_DEADLINE_S, "hello", farm.dump())
     try:
-        hello = Hello.model_validate(answer)
+        # Before all else, which another protocol may say in another way.
+        if (spoken := Introduction.model_validate(answer).protocol) != PROTOCOL_VERSION:
+            raise AgentUnavailable(
+                f"the agent speaks protocol {spoken}, this coordinator {PROTOCOL_VERSION}; update the older one"
+            )
+        return Hello.model_validate(answer)
     except ValidationError as error:
         raise AgentUnavailable(f"the agent's greeting cannot be read ({error.error_count()} errors)") from None
-    if hello.protocol != PROTOCOL_VERSION:
-        raise AgentUnavailable(
-            f"the agent speaks protocol {hello.protocol}, this coordinator {PROTOCOL_VERSION}; update the older one"
-        )
-    return hello
 
 
 async def poll_agent(
