@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from importlib import import_module
@@ -26,7 +27,7 @@ from tests.support.patience import PATIENCE_S
 from workers.agent.settings import native_system
 from workers.ray_transport.access import make_token_file
 from workers.ray_transport.fleet import RayFleet
-from workers.ray_transport.nodes import RayHead, RayWorkerNode
+from workers.ray_transport.nodes import WORKER_LABEL, RayHead, RayWorkerNode
 from workers.ray_transport.offers import SLOT, NodeBundle, labels_of
 from workers.wire.fleet import FleetError, FleetEvent, WorkerConnected, WorkerGone, WorkerSpoke
 from workers.wire.messages import Failed, FarmInfo, Hello, Lease, LogChunk, Report, Succeeded
@@ -62,6 +63,10 @@ class Heard:
 
     def hellos(self, worker: str) -> list[Hello]:
         return [e.hello for e in self.events if isinstance(e, WorkerConnected) and e.hello.worker == worker]
+
+    def drains(self, worker: str) -> bool:
+        said = [e.batch.draining for e in self.events if isinstance(e, WorkerSpoke) and e.worker == worker]
+        return bool(said) and said[-1]
 
     def losses(self, worker: str) -> list[WorkerGone]:
         return [e for e in self.events if isinstance(e, WorkerGone) and e.worker == worker]
@@ -247,12 +252,26 @@ async def test_an_agent_that_dies_alone_is_lost_and_its_node_gets_another(site: 
         assert [lost.incarnation for lost in heard.losses("d")] == [first]
 
 
-async def test_a_node_killed_in_the_middle_of_a_build_is_lost_and_the_others_go_on(site: Site) -> None:
+async def test_a_node_that_ray_drains_gets_nothing_new_and_killed_in_the_middle_of_a_build_it_is_lost_and_others_go_on(
+    site: Site,
+) -> None:
     async with site.node("e") as node, site.fleet() as (fleet, heard):
         await heard.until(lambda: bool(heard.hellos("e")) and bool(heard.hellos("a")))
         endless = order(drv("doomed", "echo started; while :; do :; done"))
         await fleet.start_many("e", [endless])
         await heard.until(lambda: endless.step in heard.logs)
+        # Ray takes a node with an agent for busy, whether it builds or not: it does not end it as idle.
+        assert not await asyncio.to_thread(drain_by_ray, "e", "DRAIN_NODE_REASON_IDLE_TERMINATION")
+        assert await asyncio.to_thread(drain_by_ray, "e", "DRAIN_NODE_REASON_PREEMPTION")
+        await heard.until(lambda: heard.drains("e"))
+        assert not heard.drains("a")
+        late = order(drv("too-late", ": > $out"))
+        await fleet.start_many("e", [late])
+        await heard.until(lambda: late.step in heard.reports)
+        assert isinstance(handed_back := heard.reports[late.step][1].result, Failed)
+        assert handed_back.reason == "returned"
+        # What runs goes on, until the machine is taken away.
+        assert endless.step not in heard.reports
         for process in process_tree(node.pid):
             # Some end by themselves as soon as the one above them is gone.
             with suppress(ProcessLookupError):
@@ -297,6 +316,16 @@ async def test_what_is_requested_of_an_autoscaler_and_what_nodes_offer_stand_in_
         assert [slots for slots, its in nodes if its.items() >= here.items()] == [1.0, 1.0, 1.0]
         await fleet.request_nodes([])
         assert (await asyncio.to_thread(read_by_version_2))[1] == []
+
+
+def drain_by_ray(worker: str, reason: str) -> bool:
+    """Have the head drain a node for ten minutes, as `ray drain-node` does; returns whether it takes that."""
+    ray, messages = import_module("ray"), import_module("ray.core.generated.autoscaler_pb2")
+    [node] = [each["NodeID"] for each in ray.nodes() if each["Alive"] and each["Labels"].get(WORKER_LABEL) == worker]
+    client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)  # noqa: SLF001 - as the command does
+    until_ms = int(time.time() * 1000) + 600_000
+    accepted, _ = client.drain_node(node, messages.DrainNodeReason.Value(reason), "test", until_ms)
+    return bool(accepted)
 
 
 def requested_by_version_1() -> bytes:

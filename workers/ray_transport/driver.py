@@ -38,6 +38,10 @@ class ListedNode:
     worker: str
     alive: bool
     death: str
+    #: Ray wants to end it, for good: its autoscaler, a cloud that takes the machine back, or `ray drain-node`.
+    draining: bool = False
+    #: Unix time at which it is ended whatever runs there; 0.0: none is said.
+    ends_at: float = 0.0
 
 
 class RayDriver:
@@ -89,12 +93,15 @@ class RayDriver:
             return None
         if now != self._cluster:
             raise ClusterLostError(f"{cluster_lost(self._address)}; start coordinator and workers again")
+        draining: dict[str, int] = self._ray._private.state.state.get_draining_nodes()  # noqa: SLF001 - as Ray's own libraries
         return [
             ListedNode(
                 node_id=str(node["NodeID"]),
                 worker=str(node["Labels"][WORKER_LABEL]),
                 alive=bool(node["Alive"]),
                 death=str(node.get("DeathReasonMessage") or "no reason given"),
+                draining=bool(node["Alive"]) and node["NodeID"] in draining,
+                ends_at=draining.get(node["NodeID"], 0) / 1000,
             )
             for node in self._ray.nodes()
             if WORKER_LABEL in (node.get("Labels") or {})

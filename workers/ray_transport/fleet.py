@@ -9,6 +9,8 @@ Ray carries messages and knows which nodes live; it decides nothing. Rules:
   the protocol may be repeated.
 * A head that was started again without its tables is another cluster. Ray ends the process of a driver that asks it
   something, and lets nodes wait for ever: so driver and nodes look for it first, and end by themselves.
+* A node that Ray drains gets no new leases: its agent is told to drain. What runs there runs on; what the end of the
+  node ends is lost with it, and done elsewhere.
 * Only Ray's own word is a death: the actor died, or its node is no longer alive. Everything else is "unknown".
 * Messages are plain dicts, lists and bytes; classes cross by reference, so all nodes run the same installation.
 """
@@ -90,6 +92,8 @@ class RayFleet(AgentRoster):
         self._seconds: dict[str, str] = {}
         #: Nodes that are served or known to be dead, by node id; dead ones stay, Ray never revives an id.
         self._nodes: dict[str, _Node] = {}
+        #: Ids of nodes that Ray drains and whose agents know it, or are being told.
+        self._drained: set[str] = set()
         self._blocking = BlockingCalls(BLOCKED_CALLS)
 
     @property
@@ -180,10 +184,24 @@ class RayFleet(AgentRoster):
             dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
             node = self._nodes[listed.node_id] = _Node(listed.node_id, listed.worker, dead)
             serving.create_task(self._serve(node, sink), name=f"serve {listed.worker}")
+        elif listed.draining and known is not None and listed.node_id not in self._drained:
+            self._drained.add(listed.node_id)
+            serving.create_task(self._drain(listed), name=f"drain {listed.worker}")
         elif not listed.alive:
             self._seconds.pop(listed.node_id, None)
+            self._drained.discard(listed.node_id)
             if known is not None and not known.dead.done():
                 known.dead.set_result(listed.death)
+
+    async def _drain(self, listed: ListedNode) -> None:
+        """Let a node that Ray drains have no new leases; the next look tries again where its agent is not reached."""
+        try:
+            await self.drain(listed.worker, on=True)
+        except FleetError:
+            self._drained.discard(listed.node_id)
+        else:
+            ends = time.strftime(" and ends it at %H:%M:%S", time.localtime(listed.ends_at)) if listed.ends_at else ""
+            _log.warning("Ray drains the node of worker %s%s; it gets no new work", listed.worker, ends)
 
     def _is_second(self, listed: ListedNode) -> bool:
         """Return whether another living node has the worker's name: two would take each other's leases in turn."""
