@@ -1,7 +1,7 @@
 """Capacity that the farm's open work could use, for people, metrics and what adds machines.
 
-Looking at 100,000 steps takes some 30 ms, in slices; so one look serves all until something moves, and a task looks
-again for the metrics.
+Walking 100,000 steps takes some 30 ms, in slices; so they are walked only where something has moved since. What workers
+offer is looked at again and again, for the metrics.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from infra.slices import in_slices
 from scheduler.farm import Farm
 from scheduler.workload import Workload, workloads
 
-#: Seconds between two looks for the metrics, and after which what has not moved is looked at anew.
+#: Seconds between two looks for the metrics, and after which slots are looked at anew where nothing has moved.
 LOOK_EVERY_S: Final = 10.0
 #: Classes that are remembered with nothing to do, so that their metrics fall to 0.
 REMEMBERED: Final = 256
@@ -32,6 +32,8 @@ class Capacity:
         self._views = views
         self._farm = farm
         self._clock = clock
+        #: The open work, and what had moved when its steps were walked.
+        self._loads: tuple[Workload, ...] = ()
         self._moves: int | None = None
         self._looking = asyncio.Lock()
         self._met: dict[ClassKey, None] = {}
@@ -58,9 +60,10 @@ class Capacity:
 
     async def _look(self) -> None:
         moves, now = self._views.moves, self._clock.now()
-        loads = await in_slices(workloads(self._farm.state))
-        self.latest = CapacityView(at=now, classes=tuple([self._class(load) for load in loads]))
-        self._moves = moves
+        if moves != self._moves:
+            self._loads = await in_slices(workloads(self._farm.state))
+            self._moves = moves
+        self.latest = CapacityView(at=now, classes=tuple([self._class(load) for load in self._loads]))
         for each in self.latest.classes:
             self._met.pop(_key(each), None)
             self._met[_key(each)] = None

@@ -114,8 +114,9 @@ class Etas:
         return found
 
     def wake(self) -> None:
-        """Look again at once: something is known that was not."""
-        self._asked.set()
+        """Look again at once, for those who watch: something is known that was not."""
+        if any(row.watchers for row in self._looked_at()):
+            self._asked.set()
 
     async def wait_for(self, rows: Iterable[SubmissionRow], most_s: float) -> None:
         """Have the ends of some submissions worked out, and wait for that at most so long."""
@@ -126,14 +127,19 @@ class Etas:
                     await self._round.wait()
 
     async def run(self) -> None:
-        """Work out what is asked for; what is watched without a question is worked out anew each `STALE_S`."""
+        """Work out what is asked for; what is watched without a question is worked out anew each `STALE_S`.
+
+        An end without a watcher or a question is not: its next reader has it worked out.
+        """
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STALE_S):
                     await self._asked.wait()
+            rows, asked = self._looked_at(), self._asked.is_set()
             self._asked.clear()
             self._lacking.clear()
-            rows = self._looked_at()
+            if not (asked or any(row.watchers for row in rows)):
+                continue
             if rows and (not self._is_fresh() or any(row.id not in self._found for row in rows)):
                 await in_slices(self.working_out(rows), can_wait=True)
             passed, self._round = self._round, asyncio.Event()

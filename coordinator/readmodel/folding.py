@@ -105,6 +105,7 @@ class FoldedRows(LeaseReports):
                 facts.BuildersRated: self._rated,
                 facts.QuarantineEnded: self._trusted,
                 facts.BuilderRemoved: self._trusted,
+                facts.WorksRevised: self._only_moved,
             },
         )
 
@@ -157,6 +158,7 @@ class FoldedRows(LeaseReports):
                 yield from self._settling()
             folder = self._folders.get(type(fact))
             if folder is not None:
+                self.moves += 1
                 rest = folder(fact)
                 if rest is not None:
                     yield from rest
@@ -457,7 +459,6 @@ class FoldedRows(LeaseReports):
     def _move(self, row: StepRow, state: StepStatus) -> None:
         """Change a step's state in every submission that has it."""
         old = row.state
-        self.moves += 1
         self._count(row, -1)
         row.state = state
         self._count(row, 1)
@@ -470,6 +471,9 @@ class FoldedRows(LeaseReports):
                 self._unsettled[sub.id] = sub
             for watcher in sub.watchers:
                 watcher.step_changed(row)
+
+    def _only_moved(self, _: facts.WorksRevised) -> None:
+        """Show nothing of it; what follows from works is worked out anew."""
 
     def _touch_all(self) -> None:
         self.moves += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from html import unescape
 
 import aiohttp
@@ -190,6 +190,50 @@ async def test_passes_rest_for_all_that_they_walk_unless_an_end_is_asked_for_tha
     await etas.wait_for([two], PATIENCE_S)
     assert etas.of(two) is not None
     assert passes == [[one], [one, two]]
+    running.cancel()
+
+
+async def test_what_nobody_watches_is_not_worked_out_anew_before_somebody_asks(
+    driven: DrivenViews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PAUSE_S", "STALE_S"):
+        monkeypatch.setattr(etas_module, name, 0.001)
+    driven.tell(submission("s", "a", spec("a", "b"), spec("b")))
+    row = driven.views.submission("s")
+    passes = looks = 0
+
+    class Counted(Etas):
+        def working_out(self, rows: list[SubmissionRow]) -> Generator[Pause, None, None]:
+            nonlocal passes
+            passes += 1
+            yield from super().working_out(rows)
+
+        def _looked_at(self) -> list[SubmissionRow]:
+            nonlocal looks
+            looks += 1
+            return super()._looked_at()
+
+    async def look_until(enough: Callable[[], bool]) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while not enough():  # noqa: ASYNC110 - a pass sends no event
+                await asyncio.sleep(0)
+
+    async def some_looks() -> int:
+        before = looks
+        await look_until(lambda: looks >= before + 5)
+        return passes
+
+    etas = Counted(driven.views, driven.farm, Nothing(), SystemClock())
+    running = asyncio.create_task(etas.run())
+    await etas.wait_for([row], PATIENCE_S)
+    asked_for = await some_looks()
+    driven.join()
+    etas.wake()
+    assert await some_looks() == asked_for
+    etas.of(row)
+    await look_until(lambda: passes == asked_for + 1)
+    with driven.views.watch(row, lambda: None):
+        await look_until(lambda: passes > asked_for + 5)
     running.cancel()
 
 

@@ -82,6 +82,10 @@ async def test_a_step_that_waits_is_explained_down_to_what_holds_it_and_up_to_wh
         assert (wanted.system, wanted.ready, wanted.waiting, wanted.slots) == ("x86_64-linux", 1, 2, 1)
         assert wanted.hours == pytest.approx(low.placing.rank_s / 3600)
         assert wanted.slots_present == 0
+        # Steps that wait for what is known already make nothing ready; they are work all the same.
+        await farm.submit(CHAIN.replace('"top"', '"other"'), "top")
+        (more,) = (await farm.client.capacity()).classes
+        assert (more.ready, more.waiting) == (1, 3)
         assert capacity_lines(CapacityView(at=NOW, classes=(wanted,)))[1].split()[:6] == [
             "x86_64-linux", "-", "-", "1", "0", "1",
         ]  # fmt: skip

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -38,3 +40,26 @@ async def test_waiting_and_other_threads_are_no_stall() -> None:
         time.sleep(0.1)  # noqa: ASYNC251 - what other programs do to the loop on a busy machine
         await asyncio.to_thread(compute, 0.2)
     assert watch.longest_s < STALL_S
+
+
+async def test_a_loop_at_rest_is_not_woken_and_the_first_stall_after_it_is_seen(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING), LoopWatch() as watch:
+        before = _switches()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await asyncio.Event().wait()
+        # With ticks all the time there were 50.
+        assert _switches() - before < 25
+        assert watch.longest_s < STALL_S
+        compute(0.2)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert (watch.stalls, watch.longest_s >= 0.2) == (1, True)
+    assert any("test_loop_watch.py:compute" in each for each in caplog.messages)
+
+
+def _switches() -> int:
+    """Return how often this thread has given the processor up, because it had nothing to do."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw

@@ -159,7 +159,10 @@ def test_a_token_that_others_could_have_read_or_placed_is_refused(tmp_path: Path
 
 def test_a_node_is_given_up_after_the_silence_that_is_set() -> None:
     assert NodeHealth.after(35) == NodeHealth()
-    assert NodeHealth.after(125).timeout_ms == 20_000
+    for silence_s in (10, 35, 125):
+        health = NodeHealth.after(silence_s)
+        given_up_ms = health.failures * health.timeout_ms + (health.failures - 1) * health.period_ms
+        assert silence_s * 1000 - health.failures < given_up_ms <= silence_s * 1000
 
 
 def test_the_environment_carries_the_path_of_the_token_never_the_token(token: Path) -> None:

@@ -408,8 +408,7 @@ class Agent:
     async def _watch_stop(self) -> None:
         """Stop in order when the program that started the worker asks for it (`workers.agent.stopping`)."""
         where = self._settings.state_dir
-        while (deadline := stopping.requested(where)) is None:  # noqa: ASYNC110 - a file sends no event
-            await asyncio.sleep(stopping.LOOK_EVERY_S)
+        deadline = await stopping.wait_for_request(where)
         self._leases.drain(on=True)
         self._outbox.stop_waiting()
         while not self._leases.idle:

@@ -17,6 +17,7 @@ import math
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +34,10 @@ from workers.wire.messages import MAX_SENTENCE, Vitals
 
 _log = logging.getLogger(__name__)
 
-#: Seconds between two looks at the disks; a builder fills gigabytes in a few.
+#: Seconds between two looks at the disks; a builder fills gigabytes in a few. So many times as long while the worker is
+#: fit and has nothing to do.
 LOOK_EVERY_S = 1.0
+LONGER_AT_REST = 5
 #: Seconds after which a trial build that failed is tried again, and within which one must end.
 TRIAL_AGAIN_S = 15.0
 TRIAL_WITHIN_S = 60.0
@@ -149,6 +152,8 @@ class HealthWatch:
         self._full_at = 0.0
         self._doubted = False
         self._next_doubt = 0.0
+        #: Set once there is something to do.
+        self._work_came = asyncio.Event()
 
     @property
     def unfit(self) -> str:
@@ -163,6 +168,7 @@ class HealthWatch:
         """The store was found broken: the worker is unfit until it is mended and a canary was well after that."""
         self._hurt = self._broken_store()
         self._next_canary = 0.0
+        self._work_came.set()
         self._changed()
 
     def doubt(self) -> None:
@@ -173,14 +179,28 @@ class HealthWatch:
         self._next_canary = 0.0
         self._doubted = True
 
+    def work_came(self) -> None:
+        """A lease is in hand: look as often as one needs."""
+        self._work_came.set()
+
     async def run(self) -> None:
         """Look again and again, and make room where it is wanted, until cancelled."""
         while True:
+            await self._rest()
             await asyncio.sleep(LOOK_EVERY_S)
             await self.look()
             low, due = self._low_room, self._clock.now() >= self._next_collection
             if low is not None and self._may_collect and due and self._idle():
                 await self._collect(low)
+
+    async def _rest(self) -> None:
+        """Wait for something to do, as long as a worker at rest is not looked at."""
+        if self.unfit or not self._idle():
+            return
+        self._work_came.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout((LONGER_AT_REST - 1) * LOOK_EVERY_S):
+                await self._work_came.wait()
 
     async def look(self) -> None:
         """Look at the disks, and try a build where that is due."""

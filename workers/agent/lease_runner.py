@@ -208,6 +208,7 @@ class LeaseRunner:
                 continue
             record = AttemptRecord(self._clock.now, order.traceparent)
             self._runs[key] = _Run(order, record, asyncio.get_running_loop().create_future(), started_at=now)
+            self._health.work_came()
         self._advance()
 
     def acknowledged(self, keys: Iterable[LeaseKey]) -> None:

@@ -36,9 +36,9 @@ class NodeHealth:
     values count. A farm over a VPN or with Macs that nap wants longer ones.
     """
 
-    period_ms: int = 1000
-    timeout_ms: int = 5000
-    failures: int = 6
+    period_ms: int = 2000
+    timeout_ms: int = 10_333
+    failures: int = 3
 
     @classmethod
     def after(cls, silence_s: float) -> NodeHealth:
@@ -123,6 +123,13 @@ def ray_env(
         "RAY_kill_idle_workers_interval_ms": "5000",
         "RAY_gcs_pull_resource_loads_period_milliseconds": "10000",
         "RAY_io_context_monitor_probe_interval_ms": "10000",
+        "RAY_raylet_report_resources_period_milliseconds": "1000",
+        # Threads that wait for transfers of an object store wake four times a second each.
+        "RAY_object_manager_rpc_threads_num": "1",
+        # Loads of tasks, of which a farm has none; notes for people who debug Ray.
+        "RAY_core_worker_internal_heartbeat_ms": "10000",
+        "RAY_report_worker_backlog_interval_ms": "10000",
+        "RAY_debug_dump_period_milliseconds": "600000",
         "RAY_health_check_initial_delay_ms": "5000",
         "RAY_health_check_period_ms": str(health.period_ms),
         "RAY_health_check_timeout_ms": str(health.timeout_ms),

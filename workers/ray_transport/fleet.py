@@ -44,8 +44,10 @@ CONNECT_DEADLINE_S = 60.0
 DISCOVER_DEADLINE_S = 20.0
 CREATE_DEADLINE_S = 60.0
 CLOSE_DEADLINE_S = 20.0
-#: Seconds between two looks at Ray's list of nodes.
+#: Seconds between two looks at Ray's list of nodes; so many times as long once it has been the same for a while.
 DISCOVER_EVERY_S = 1.0
+LONGER_WHEN_QUIET = 4
+QUIET_AFTER_S = 30.0
 #: Threads that may hang in Ray at one time.
 BLOCKED_CALLS = 16
 #: Pauses between two agents on a node whose agent died although the node lives, seconds; doubling between them.
@@ -135,12 +137,18 @@ class RayFleet(AgentRoster):
 
     async def run(self, sink: Sink) -> None:
         """See `Fleet.run`. Raises what `cluster` raises too."""
+        before: list[ListedNode] = []
+        changed_at = time.monotonic()
         async with self._cluster(), asyncio.TaskGroup() as serving:
             while True:
                 # The dead first: they may make room for others of their name.
-                for node in sorted(await self._list(), key=lambda listed: listed.alive):
+                nodes = sorted(await self._list(), key=lambda listed: (listed.alive, listed.node_id))
+                for node in nodes:
                     self._look_at(node, sink, serving)
-                await asyncio.sleep(self._discover_every_s)
+                if nodes != before or self._outage.trouble:
+                    before, changed_at = nodes, time.monotonic()
+                quiet = time.monotonic() - changed_at > QUIET_AFTER_S
+                await asyncio.sleep(self._discover_every_s * (LONGER_WHEN_QUIET if quiet else 1))
 
     async def request_nodes(self, bundles: Sequence[NodeBundle]) -> None:
         """Have the cluster's autoscaler provide nodes for all of these, in place of what was requested before.

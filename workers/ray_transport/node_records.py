@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import shutil
 import signal
 import stat
@@ -47,8 +48,10 @@ RAY_SOCKET_SUFFIX_BYTES = 68
 NODE_FILE = "node.json"
 #: Written as the last step of a node's start: the address of the cluster.
 CLUSTER_FILE = "r/ray_current_cluster"
-#: How often the watch looks for the owner, seconds.
+#: How often the watch looks for an owner that is gone, and for one that is there and whose end the system reports,
+#: seconds.
 WATCH_EVERY_S = 1.0
+WATCH_OWNED_S = 30.0
 #: Seconds that a node may take to end by itself.
 STOP_GRACE_S = 5.0
 #: Seconds that killed processes may take to disappear.
@@ -149,11 +152,28 @@ def watch_owner(directory: Path, parent: int) -> None:
     owned_at = time.monotonic()
     while True:
         note = read_note(directory)
-        if os.getppid() == parent or (note is not None and is_alive(*note.owner)):
+        owner = note.owner[0] if note is not None and is_alive(*note.owner) else None
+        if owner is not None or os.getppid() == parent:
             owned_at = time.monotonic()
+            _wait_for_end(parent if owner is None else owner)
         elif note is None or time.monotonic() - owned_at >= note.outlive_s:
             return
+        else:
+            time.sleep(WATCH_EVERY_S)
+
+
+def _wait_for_end(pid: int) -> None:
+    """Return once a process has ended, at the latest after a while; soon where its end cannot be waited for."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        # Not on this system, or gone already.
         time.sleep(WATCH_EVERY_S)
+        return
+    try:
+        select.select([descriptor], [], [], WATCH_OWNED_S)
+    finally:
+        os.close(descriptor)
 
 
 def sweep_stale(base: Path) -> Sequence[Path]:
