@@ -59,7 +59,8 @@ class Builders:
         builder = self.known[id_]
         if builder.strikes or builder.level or builder.suspicions:
             builder.strikes, builder.suspicions, builder.level = {}, {}, 0
-            builder.probation, builder.capacity = False, builder.offered
+            builder.probation = False
+            self._offer(builder, builder.offered)
         if step.faults:
             for other in self.known.values():
                 if step.key in other.suspicions:
@@ -85,6 +86,13 @@ class Builders:
         # One that is free stays so.
         if builder.id not in self.free:
             self._count_slots(builder)
+
+    def _offer(self, builder: Builder, capacity: int) -> None:
+        """Note the leases that a builder may hold, and what its queues can do with these."""
+        if builder.capacity != capacity:
+            builder.capacity = capacity
+            for queue in builder.queues:
+                queue.measure_power()
 
     def _count_slots(self, builder: Builder) -> None:
         if builder.capacity > len(builder.leases) and builder.willing:
@@ -144,7 +152,7 @@ class Builders:
     def _heard(self, builder: Builder, fact: f.BuilderAdmitted | f.BuilderRefreshed) -> None:
         builder.heard = fact.at
         builder.offered = fact.capacity
-        builder.capacity = min(fact.capacity, 1) if builder.probation else fact.capacity
+        self._offer(builder, min(fact.capacity, 1) if builder.probation else fact.capacity)
         if builder.draining is not fact.draining or builder.unfit != fact.unfit:
             builder.draining, builder.unfit = fact.draining, fact.unfit
             self._ready.rematch()
@@ -159,7 +167,7 @@ class Builders:
         builder = self.quarantined[fact.builder] = self.known[fact.builder]
         builder.until, builder.level, builder.reason = fact.until, fact.level, fact.reason
         builder.for_unfitness, builder.probation = fact.for_unfitness, True
-        builder.capacity = min(builder.offered, 1)
+        self._offer(builder, min(builder.offered, 1))
         self._count_slots(builder)
         self._ready.rematch()
 

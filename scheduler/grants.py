@@ -88,9 +88,9 @@ class Grants:
     ) -> Generator[f.FactOrPause, None, tuple[Step, list[Builder]] | None]:
         """Return the first step in turn that should begin now, with the builders for it; None where all wait."""
         for lane in queue.lanes_in_turn():
-            for step in islice(first_of(queue, lane), LOOK_AHEAD):
+            for count, step in enumerate(islice(first_of(queue, lane), LOOK_AHEAD + 1)):
                 if step not in placement.holds:
-                    builders = placement.choose(step, queue, able)
+                    builders = placement.choose(step, queue, able, may_wait=count < LOOK_AHEAD)
                     if builders:
                         return step, builders
                     hold = placement.holds[step]

@@ -10,7 +10,7 @@ from collections import Counter
 
 from scheduler.model import ImpossibleError, StepKey, StepState, SubmissionId
 from scheduler.ready import AGE_TURNS
-from scheduler.records import Step
+from scheduler.records import Queue, Step
 from scheduler.state import FarmState
 from scheduler.transitions import LAPSED, UNFINISHED
 
@@ -186,26 +186,7 @@ def _check_builders(state: FarmState) -> None:
         held_back = state.quarantined.get(builder.id) is builder
         _require(held_back == bool(builder.until), f"{builder.id} is listed as quarantined wrongly")
         _require(not builder.probation or builder.capacity <= 1, f"{builder.id} is trusted with too much")
-    standing = Counter(step.queue for step in state.steps.values() if step.queue is not None)
-    for (requirements, avoid), queue in state.ready.queues.items():
-        _require(queue.standing == standing[queue], f"the queue for {requirements} counts {queue.standing} steps")
-        able = [b for b in state.builders.values() if b.spec is not None and b.spec.offers(requirements)]
-        elsewhere = any(b.willing for b in able if b.id != avoid)
-        expected = {b.id for b in able if b.id != avoid or not elsewhere}
-        _require(set(queue.builders) == expected, f"the queue for {requirements} lists the wrong builders")
-        speeds = {id_: builder.speed(requirements.system) for id_, builder in queue.builders.items()}
-        uneven = len(set(speeds.values())) > 1
-        _require(queue.speeds == (speeds if uneven else {}), f"the queue for {requirements} knows other speeds")
-        _require(state.shares.live(queue.lanes) == tuple(sorted(queue.lanes)), "a lane is left of what has ended")
-        grouped = {stake: lane for group in queue.groups.values() for stake, lane in group.lanes.items()}
-        _require(grouped == queue.lanes, f"the queue for {requirements} has other lanes by owner than by stake")
-        _require(all(group.lanes for group in queue.groups.values()), f"the queue for {requirements} has an idle owner")
-        for stake, lane in queue.lanes.items():
-            _require(lane.group.owner == state.shares.owner_of(stake), f"{stake} waits for another owner")
-            _require(lane.ahead == AGE_TURNS * state.shares.priority_of(stake), f"{stake} has another priority")
-            _require(bool(lane.heap), f"the queue for {requirements} has an empty lane")
-            rank, _, step = lane.heap[0]
-            _require(step.queue is queue and step.rank == -rank, f"the queue for {requirements} has a stale head")
+    _check_queues(state)
     for builder in state.builders.values():
         for queue in builder.queues:
             _require(queue.builders.get(builder.id) is builder, f"{builder.id} lists a queue it is not in")
@@ -216,3 +197,33 @@ def _check_builders(state: FarmState) -> None:
         _require(id_ in state.builders, f"{id_} is in quarantine and not here")
     for id_ in state.silent:
         _require(id_ not in state.builders, f"{id_} is both silent and here")
+
+
+def _check_queues(state: FarmState) -> None:
+    standing = Counter(step.queue for step in state.steps.values() if step.queue is not None)
+    works: Counter[Queue] = Counter()
+    for step in state.steps.values():
+        if step.queue is not None:
+            works[step.queue] += step.work_ms
+    for (requirements, avoid), queue in state.ready.queues.items():
+        _require(queue.ready_ms == works[queue], f"the queue for {requirements} counts {queue.ready_ms} ms of work")
+        _require(queue.standing == standing[queue], f"the queue for {requirements} counts {queue.standing} steps")
+        able = [b for b in state.builders.values() if b.spec is not None and b.spec.offers(requirements)]
+        elsewhere = any(b.willing for b in able if b.id != avoid)
+        expected = {b.id for b in able if b.id != avoid or not elsewhere}
+        _require(set(queue.builders) == expected, f"the queue for {requirements} lists the wrong builders")
+        speeds = {id_: builder.speed(requirements.system) for id_, builder in queue.builders.items()}
+        uneven = len(set(speeds.values())) > 1
+        _require(queue.speeds == (speeds if uneven else {}), f"the queue for {requirements} knows other speeds")
+        power = sum([queue.speeds[b.id] * b.capacity for b in queue.by_speed])
+        _require(queue.power == power, f"the queue for {requirements} takes its builders for able to do other work")
+        _require(state.shares.live(queue.lanes) == tuple(sorted(queue.lanes)), "a lane is left of what has ended")
+        grouped = {stake: lane for group in queue.groups.values() for stake, lane in group.lanes.items()}
+        _require(grouped == queue.lanes, f"the queue for {requirements} has other lanes by owner than by stake")
+        _require(all(group.lanes for group in queue.groups.values()), f"the queue for {requirements} has an idle owner")
+        for stake, lane in queue.lanes.items():
+            _require(lane.group.owner == state.shares.owner_of(stake), f"{stake} waits for another owner")
+            _require(lane.ahead == AGE_TURNS * state.shares.priority_of(stake), f"{stake} has another priority")
+            _require(bool(lane.heap), f"the queue for {requirements} has an empty lane")
+            rank, _, step = lane.heap[0]
+            _require(step.queue is queue and step.rank == -rank, f"the queue for {requirements} has a stale head")

@@ -1,10 +1,11 @@
 """Moves of running builds: one on a slow builder begins anew on a faster one that idles, where that ends it earlier.
 
-How long a package takes is not known before it was built: what takes hours begins on slow machines too. A build
-that has taken twice what was expected is taken to need three times as long again: times of builds are heavy-tailed. One
-that has not is expected to end as was foreseen. The longest path to a root comes first, and only rooms that no ready
-step takes are used. The build loses what it has done, which is bounded: it moves at most `MOVES` times in a life of its
-step, each time to a builder that is faster by `FASTER`.
+How long a package takes is not known before it was built: what takes hours begins on slow machines too. A build that
+has taken twice what was expected is taken to need three times as long again: times of builds are heavy-tailed. That is
+four hours at most, so that what has run for longer than a faster builder could make good stays. One that is not late is
+expected to end as was foreseen. The longest path to a root comes first, and only rooms that no ready step takes are
+used. The build loses what it has done, which is bounded: it moves at most `MOVES` times in a life of its step, each
+time to a builder that is faster by `FASTER`.
 
 A second run beside the first would lose nothing, but holds two slots: it ended rebuilds no earlier (RESULTS.md).
 """
@@ -18,7 +19,7 @@ from typing import Final
 from scheduler import facts as f
 from scheduler.locality import fetches_of
 from scheduler.model import FAR_OFF, NO_INSTANT, Failure, FailureKind, Instant, LeaseId, StepState
-from scheduler.placement import Placement
+from scheduler.placement import LONGEST_HOLD_S, Placement
 from scheduler.records import Builder, Queue, Step
 from scheduler.state import FarmState
 
@@ -34,6 +35,8 @@ MARGIN: Final = 0.95
 #: How often as long as expected a build has taken that is late, and what it takes yet, as a part of what it has taken.
 LATE: Final = 2.0
 LATE_REST: Final = 3.0
+#: What a late build is taken to need yet at most: as long as a step would wait for a faster builder.
+MOST_REST_S: Final = LONGEST_HOLD_S
 #: Seconds between two looks, and leases of one queue that a look is at, those of the slowest builders first.
 LOOK_EVERY_S: Final = 1.0
 LOOKED_AT: Final = 1024
@@ -114,7 +117,8 @@ def _moves_at(step: Step, here: float, there: float, fetch_s: float, now: Instan
     if now < late_at:
         rest_s, whole_s = max(0.0, work_s / here - taken_s), work_s / there + fetch_s
         return now if whole_s <= MARGIN * rest_s and rest_s - whole_s >= LEAST_GAIN_S else late_at
-    rest_s, again_s = LATE_REST * taken_s, (1 + LATE_REST) * taken_s * here / there
+    rest_s = min(LATE_REST * taken_s, MOST_REST_S)
+    again_s = (taken_s + rest_s) * here / there
     if again_s >= MARGIN * rest_s:
         return FAR_OFF
     whole_s = again_s + fetch_s

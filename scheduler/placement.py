@@ -11,6 +11,9 @@ memory, so that it does not wait for good behind small ones.
 Inputs that a builder lacks are fetched first (`locality`): where they are large, the builder that ends the step first
 is one that has them, or that is so much faster.
 
+Only what may decide when all ends waits for a faster builder: a path that goes on after the builders of its queue have
+built all that is ready there. Anything else takes what idles, as does what stands behind `LOOK_AHEAD` steps that wait.
+
 A wait for a faster builder is bounded: it ends once it has lasted as long as that could gain, at the latest after
 `LONGEST_HOLD_S`. It is thought over when the builder should have had room, and when a faster one than then has some.
 """
@@ -26,7 +29,7 @@ from scheduler.locality import Fetches, fetches_of, first_to_end
 from scheduler.model import FAR_OFF, BuilderId, Instant
 from scheduler.records import Builder, Hold, Lane, Queue, Step
 
-#: Steps of one lane that may wait before nothing behind them is looked at, and steps of one round that may.
+#: Steps of one lane that may wait, the next begins where there is room; and steps of one round that may.
 LOOK_AHEAD: Final = 16
 HOLDS_OF_ROUND: Final = 64
 #: Faster builders that one step is compared with; the fastest come first.
@@ -101,8 +104,11 @@ class Placement:
         #: When one of the waits has to be looked at again.
         self.look_again = FAR_OFF
 
-    def choose(self, step: Step, queue: Queue, able: Sequence[Builder]) -> list[Builder]:
-        """Return the builders among `able` that should take the step; empty where it waits (`holds`)."""
+    def choose(self, step: Step, queue: Queue, able: Sequence[Builder], *, may_wait: bool = True) -> list[Builder]:
+        """Return the builders among `able` that should take the step; empty where it waits (`holds`).
+
+        One that may not wait for a faster builder still waits for memory.
+        """
         if step.memory_bytes:
             able = self.with_memory(step, queue, able)
             if not able:
@@ -112,7 +118,7 @@ class Placement:
         if not speeds:
             return nearest(able, fetches_of(step))
         best = max([speeds[builder.id] for builder in able])
-        if self._hold(step, queue, best, able):
+        if may_wait and self._hold(step, queue, best, able):
             return []
         fetches = fetches_of(step)
         if fetches is None:
@@ -147,6 +153,8 @@ class Placement:
         fastest = queue.speeds[queue.by_speed[0].id] if queue.by_speed else best
         gain_s = step.work_ms / 1000 * (1 / best - 1 / fastest)
         if gain_s < LEAST_GAIN_S or len(self.holds) >= HOLDS_OF_ROUND:
+            return False
+        if not _outlasts(step, queue, best):
             return False
         now, held = self._now, step.held
         ends = min(gain_s, LONGEST_HOLD_S) + (now if held is None else held.since)
@@ -195,6 +203,12 @@ def nearest(builders: Sequence[Builder], fetches: Fetches | None) -> list[Builde
     if fetches is None:
         return list(builders)
     return first_to_end([(fetches.seconds(builder), builder) for builder in builders])
+
+
+def _outlasts(step: Step, queue: Queue, speed: float) -> bool:
+    """Return whether the path of a step that begins on a builder of this speed ends after all that is ready now."""
+    path_ms = step.work_ms / speed + step.tail_ms - step.work_ms
+    return path_ms * queue.power > queue.ready_ms
 
 
 def _machine_has(builder: Builder, bytes_: int) -> bool:

@@ -110,9 +110,11 @@ class ReadyIndex:
             return
         if step.queue is not None:
             step.queue.standing -= 1
+            step.queue.ready_ms -= step.work_ms
             step.held = None
         step.queue, step.rank = queue, rank
         queue.standing += 1
+        queue.ready_ms += step.work_ms
         if not queue.builders:
             self.forsaken[step] = None
         lanes = queue.lanes
@@ -162,6 +164,7 @@ class ReadyIndex:
             return
         step.queue = step.held = None
         queue.standing -= 1
+        queue.ready_ms -= step.work_ms
         if self.forsaken:
             self.forsaken.pop(step, None)
         lanes = queue.lanes
@@ -337,6 +340,7 @@ class ReadyIndex:
         if len(set(speeds.values())) > 1:
             queue.speeds = speeds
             queue.by_speed = tuple(sorted(willing, key=lambda builder: (-speeds[builder.id], builder.id)))
+        queue.measure_power()
         for builder in capable.values():
             builder.queues.append(queue)
 

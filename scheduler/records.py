@@ -277,6 +277,8 @@ class Queue:
         "groups",
         "lanes",
         "most_memory_bytes",
+        "power",
+        "ready_ms",
         "requirements",
         "speeds",
         "standing",
@@ -288,6 +290,8 @@ class Queue:
         self.avoid = avoid
         #: How many steps stand in it.
         self.standing = 0
+        #: Their works together.
+        self.ready_ms = 0
         #: By stake; none is empty. A step stands in the lane of each of its owners.
         self.lanes: dict[int, Lane] = {}
         #: The same lanes by owner.
@@ -299,8 +303,14 @@ class Queue:
         #: Speed of each of these, and the willing ones with the fastest first; both empty where all are equally fast.
         self.speeds: dict[BuilderId, float] = {}
         self.by_speed: tuple[Builder, ...] = ()
+        #: Milliseconds of work that these do in one, all their slots together.
+        self.power = 0.0
         #: Most memory of a willing one; 0 where that of one is not known, or there is none.
         self.most_memory_bytes = 0
+
+    def measure_power(self) -> None:
+        """Sum up anew what the builders do: one of them has other slots, or there are others."""
+        self.power = sum([self.speeds[builder.id] * builder.capacity for builder in self.by_speed])
 
     @property
     def first(self) -> Step:

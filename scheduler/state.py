@@ -179,6 +179,8 @@ class FarmState(WantedSteps):
             step = self.steps.get(key)
             if step is None or step.state not in UNFINISHED:
                 raise ImpossibleError(f"work cannot be said of {step or key}")
+            if step.queue is not None:
+                step.queue.ready_ms += work_ms - step.work_ms
             step.work_ms = work_ms
             holder = self.builders.get(step.builder)
             if holder is not None:

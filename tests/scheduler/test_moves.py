@@ -46,6 +46,43 @@ def test_a_build_that_takes_twice_what_was_expected_moves_to_a_faster_builder_th
     assert "fast is faster" in revoked.failure.message
 
 
+@pytest.mark.parametrize(("hours", "holder"), [(1, "fast"), (3, "slow")])
+def test_a_late_build_is_not_taken_to_need_more_than_four_hours_yet(hours: int, holder: str) -> None:
+    farm = scene(slow=1.0, fast=1.6)
+    farm.play(submit("s", ["quick", "x"], work(step("quick"), 400), work(step("x"), 2)))
+    assert holders(farm) == {"quick": "fast", "x": "slow"}
+    # Three more hours here and two and a half there; or four here and more than four there.
+    farm.at(3600.0 * hours).play(report("slow", 1, lease("x")), report("fast", 1, lease("quick")))
+    farm.play(built("quick", "fast"))
+    assert holders(farm)["x"] == holder
+
+
+@pytest.mark.parametrize(("speed", "holder"), [(1.3, "slow"), (1.36, "slow"), (1.5, "fast")])
+def test_a_late_build_moves_where_all_of_it_takes_the_faster_builder_less_than_three_times_what_it_has_taken(
+    speed: float, holder: str
+) -> None:
+    farm = scene(slow=1.0, fast=speed)
+    farm.play(submit("s", ["quick", "x"], work(step("quick"), 400), work(step("x"), 2)))
+    assert holders(farm) == {"quick": "fast", "x": "slow"}
+    # Four times ten minutes there: 29.4 of them at a speed of 1.36, which is less than 30 here, but not by a twentieth.
+    farm.at(600.0).play(report("slow", 1, lease("x")), report("fast", 1, lease("quick")))
+    farm.play(built("quick", "fast"))
+    assert holders(farm)["x"] == holder
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_build_whose_inputs_the_cache_has_lost_stays_where_they_are(is_lost: bool) -> None:
+    farm = scene(slow=1.0, fast=4.0)
+    farm.play(submit("s", ["quick", "x"], work(step("quick"), 200), work(step("x", "low"), 2), held=["low"]))
+    assert holders(farm) == {"quick": "fast", "x": "slow"}
+    if is_lost:
+        # No builder of the farm can build it anew.
+        farm.play(submit("t", ["low"], step("low", system="arm")))
+    farm.at(300.0).play(report("slow", 1, lease("x")), report("fast", 1, lease("quick")))
+    farm.play(built("quick", "fast"))
+    assert holders(farm)["x"] == ("slow" if is_lost else "fast")
+
+
 def test_the_old_lease_is_stopped_and_the_new_one_begun_in_one_call() -> None:
     farm = on_slow(work(step("x"), 2))
     _, effects = farm.at(LATE_S).play(report("slow", 1, lease("x")))

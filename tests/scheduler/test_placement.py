@@ -11,7 +11,7 @@ from scheduler import facts as f
 from scheduler import reasons as r
 from scheduler.effects import StartBuild
 from scheduler.model import BuilderId, Instant, Requirements, StepKey, StepSpec, StepState
-from scheduler.placement import LONGEST_HOLD_S, first_of
+from scheduler.placement import LONGEST_HOLD_S, LOOK_AHEAD, first_of
 from scheduler.policy import Limits
 from scheduler.records import Lane, OwnerLanes, Queue, Step
 from tests.scheduler.kit import LINUX, Scene, builder, built, join, lease, report, step, submit
@@ -222,3 +222,30 @@ def test_all_that_fit_are_started_at_once_where_builders_differ() -> None:
         submit("s", [f"x{n}" for n in range(9)], *(work(step(f"x{n}"), 1) for n in range(9))), Instant(1.0)
     )
     assert sum(isinstance(effect, StartBuild) for effect in effects) == 6
+
+
+def test_a_step_waits_for_a_faster_builder_only_where_its_path_goes_on_after_all_that_is_ready() -> None:
+    others = [work(step(f"other{n}"), 29) for n in range(10)]
+    for above, holder in ((0, "slow"), (100, "")):
+        farm = scene(slow=0.5, fast=2.0)
+        farm.play(submit("s", ["first"], work(step("first"), 40)))
+        chain = [work(step("top", "long"), above), work(step("long"), 30)]
+        # All that is ready takes both builders 128 minutes; `long` takes the slow one an hour, and then comes `top`.
+        farm.play(submit("t", ["top", *(each.key for each in others)], *chain, *others))
+        assert holders(farm).get("long", "") == holder
+        assert isinstance(why(farm, "long"), r.WaitsForFaster) is not bool(holder)
+
+
+def test_what_stands_behind_as_many_as_may_wait_begins_where_there_is_room() -> None:
+    farm = Scene(Limits(lease_ttl_s=1e6))
+    rooms = LOOK_AHEAD + 4
+    farm.play(measured(LINUX, slow=0.5, fast=2.0), join("fast", rooms))
+    busy = [f"busy{n}" for n in range(rooms)]
+    farm.play(submit("s", busy, *(work(step(name), 20) for name in busy)))
+    farm.play(join("slow", 1))
+    # Each would end after 25 minutes on the fast one and after an hour on the slow one; all of them take it 14.
+    names = [f"x{n}" for n in range(LOOK_AHEAD + 3)]
+    farm.play(submit("t", names, *(work(step(name), 30) for name in names)))
+    assert [name for name in names if name in holders(farm)] == [names[LOOK_AHEAD]]
+    assert holders(farm)[names[LOOK_AHEAD]] == "slow"
+    assert isinstance(why(farm, names[LOOK_AHEAD - 1]), r.WaitsForFaster)

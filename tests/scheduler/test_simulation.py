@@ -107,6 +107,7 @@ MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
     ("a lost builder keeps its leases", builder_rules.BuilderRules, "lost", _nothing),
     ("a result in the cache is built all the same", decide.Decider, "_hold", _nothing),
     ("memory is not counted", placement, "has_memory", _always_true),
+    ("slots that are offered change nothing", records.Queue, "measure_power", _nothing),
     ("what stands below does not learn of works", state.FarmState, "_retail", _nothing),
     ("every recipe helps", step_rules.StepRules, "_helps", _always),
 )
