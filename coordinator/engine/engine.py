@@ -6,8 +6,9 @@ nothing is shown, acknowledged or done before its facts are durable. A turn that
 loop to others again and again (`slices`); the next one begins when it has ended.
 
 A submission has a turn of its own. While a large one is decided and encoded, the ends of builds *pass* it in small
-turns, where the core lets them (`scheduler.opening`): their facts go to journal and views before those of the
-submission. Its leases are granted in the turn after it.
+turns, where the core lets them (`scheduler.opening`): their facts go to the journal before or after those of the
+submission, and to the views before, after or between them. Not between are ends of its own steps, which would count as
+done before it came, and after a replay as done since. Its leases are granted in the turn after it.
 
 An append waits for a database that is away, for a bounded time. If it fails the engine stops with that error and the
 process ends: the core has already moved on, and only a replay brings memory and journal together again.
@@ -18,8 +19,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 from coordinator.engine.inbox import EngineInbox, EngineMessage, SubmissionEvent
 from coordinator.engine.meter import EngineMeter
@@ -33,14 +35,16 @@ from infra.clock import Clock
 from infra.collector import collector_paused
 from infra.slices import going_first, in_slices
 from scheduler.effects import Effect
-from scheduler.events import Event, TimePassed
-from scheduler.facts import Fact
+from scheduler.events import Event, OutputsPublished, TimePassed
+from scheduler.facts import Fact, SubmissionAccepted, SubmissionGrew
 from scheduler.farm import Farm
-from scheduler.model import Instant, SubmissionId, SubmissionRefusedError
+from scheduler.model import Instant, StepKey, SubmissionId, SubmissionRefusedError
 
 #: Messages of one turn, and of one that passes a submission: bounds how long the loop keeps others from running.
 TURN_MESSAGES = 1024
 PASSING_MESSAGES = 64
+#: Facts of a large submission that go to the views at one time, some 2 ms; ends of builds come between.
+SHOWN_FACTS = 512
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +63,8 @@ class Engine:
         self._inbox = EngineInbox()
         #: Held by the turn whose facts go to journal and views.
         self._committing = asyncio.Lock()
+        #: Members of the large submission whose facts are stored and not yet shown.
+        self._shown: frozenset[StepKey] = frozenset()
         self._running = False
         self._stopped = False
         self.meter = EngineMeter()
@@ -144,7 +150,13 @@ class Engine:
                 # Ends of builds wait for this.
                 async with self._committing:
                     with going_first():
-                        await self._commit(messages, facts, encoded)
+                        await self._store(messages, facts, encoded)
+                self._shown = members_of(facts)
+                try:
+                    for start in range(0, len(facts), SHOWN_FACTS):
+                        await self._show_part(facts, start)
+                finally:
+                    self._shown = frozenset()
                 self._hand(effects)
 
         work = asyncio.create_task(turn(), name="large submission")
@@ -164,7 +176,7 @@ class Engine:
         now = self.now()
 
         def passes(message: EngineMessage) -> bool:
-            return self._farm.may_pass(message.events, now)
+            return self._farm.may_pass(message.events, now) and not ends_any(message.events, self._shown)
 
         async with self._committing:
             messages = self._inbox.take_where(passes, PASSING_MESSAGES) if self._farm.lets_pass else []
@@ -185,10 +197,23 @@ class Engine:
         finally:
             arrival.cancel()
 
-    async def _commit(
+    async def _commit(self, messages: Sequence[EngineMessage], facts: Sequence[Fact]) -> None:
+        """Make what follows from messages durable, and show it."""
+        await self._store(messages, facts)
+        with self.meter.timing("views"):
+            await in_slices(self._views.folding(facts))
+
+    async def _show_part(self, facts: Sequence[Fact], start: int) -> None:
+        """Show some of what a large submission has made durable: what each fact leaves is whole."""
+        part = facts[start : start + SHOWN_FACTS]
+        async with self._committing:
+            with going_first(), self.meter.timing("views"):
+                await in_slices(self._views.folding(part, settle=start + len(part) == len(facts)))
+
+    async def _store(
         self, messages: Sequence[EngineMessage], facts: Sequence[Fact], encoded: Sequence[FrameBody] | None = None
     ) -> None:
-        """Make what follows from messages durable, and show it."""
+        """Make what follows from messages durable."""
         meter = self.meter
         durable = [fact for fact in facts if fact.durable]
         notes = {
@@ -199,8 +224,6 @@ class Engine:
         if durable or notes:
             with meter.timing("journal"):
                 await self._journal.append(durable, notes, encoded)
-        with meter.timing("views"):
-            await in_slices(self._views.folding(facts))
         meter.events += sum(len(message.events) for message in messages)
         meter.durable_facts += len(durable)
         meter.count(durable)
@@ -219,6 +242,17 @@ class Engine:
                     message.refused = True
                     message.fail(error)
                 return [], []
+
+
+def members_of(facts: Sequence[Fact]) -> frozenset[StepKey]:
+    """Return the members that a submission has, or has got, by these facts."""
+    found = [fact.members for fact in facts if isinstance(fact, SubmissionAccepted | SubmissionGrew)]
+    return frozenset(chain.from_iterable(found))
+
+
+def ends_any(events: Iterable[Event], steps: frozenset[StepKey]) -> bool:
+    """Return whether one of these steps is done by these events."""
+    return any(isinstance(event, OutputsPublished) and event.lease.step in steps for event in events)
 
 
 @contextmanager

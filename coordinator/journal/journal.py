@@ -26,7 +26,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import zlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -232,11 +232,12 @@ class Journal:
         """
         frames = numbered(await self.encoded(facts) if encoded is None else encoded, self._seq)
         forgotten = [fact.submission for fact in facts if isinstance(fact, SubmissionForgotten)]
+        new = {fact.submission for fact in facts if isinstance(fact, SubmissionAccepted)}
         slow = asyncio.get_running_loop().call_later(
             SLOW_S, self._outage.begin, _unwritable("its database does not answer")
         )
         try:
-            await self._store(frames, notes or {}, forgotten)
+            await self._store(frames, notes or {}, new, forgotten)
         finally:
             slow.cancel()
         self._outage.end()
@@ -247,6 +248,7 @@ class Journal:
         self,
         frames: Sequence[dict[str, Any]],
         notes: Mapping[SubmissionId, Note],
+        new: Collection[SubmissionId],
         forgotten: Sequence[SubmissionId],
     ) -> None:
         failed = False
@@ -259,7 +261,7 @@ class Journal:
                 if len(frames) == 1 and not notes and not forgotten and connection.dialect.name == "sqlite":
                     await self._store_single(connection, frames[0])
                 else:
-                    await self._store_in(connection, frames, notes, forgotten)
+                    await self._store_in(connection, frames, notes, new, forgotten)
 
         def trouble_of(error: Exception) -> str:
             nonlocal failed
@@ -284,12 +286,13 @@ class Journal:
         connection: AsyncConnection,
         frames: Sequence[dict[str, Any]],
         notes: Mapping[SubmissionId, Note],
+        new: Collection[SubmissionId],
         forgotten: Sequence[SubmissionId],
     ) -> None:
         if frames:
             await connection.execute(insert(tables.frames), frames)
         if notes:
-            await write_notes(connection, notes)
+            await write_notes(connection, notes, new)
         if forgotten:
             await forget_notes(connection, forgotten)
         # Last: SQLite is locked for writing by now, and sees what is.

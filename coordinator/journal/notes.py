@@ -7,7 +7,7 @@ sealed one takes the place of all that.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -41,8 +41,13 @@ async def read_notes(connection: AsyncConnection) -> Mapping[SubmissionId, Store
     }
 
 
-async def write_notes(connection: AsyncConnection, given: Mapping[SubmissionId, Note]) -> None:
-    """Store notes in the place of what there was, of what they share what is not there yet, and growths of notes."""
+async def write_notes(
+    connection: AsyncConnection, given: Mapping[SubmissionId, Note], new: Collection[SubmissionId] = ()
+) -> None:
+    """Store notes in the place of what there was, of what they share what is not there yet, and growths of notes.
+
+    `new` submissions have none yet: the statements that would look for theirs are as many as those that store.
+    """
     growths = [
         {"submission": name, "number": note.number, "body": note.body}
         for name, note in given.items()
@@ -57,7 +62,8 @@ async def write_notes(connection: AsyncConnection, given: Mapping[SubmissionId, 
     notes = {name: note for name, note in given.items() if isinstance(note, StoredNote)}
     if not notes:
         return
-    await forget_notes(connection, list(notes))
+    if before := [name for name in notes if name not in new]:
+        await forget_notes(connection, before)
     await connection.execute(
         insert(tables.notes), [{"submission": name, "body": note.own} for name, note in notes.items()]
     )

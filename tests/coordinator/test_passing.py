@@ -10,14 +10,16 @@ import pytest
 
 from coordinator.api.models import StepStatus, SubmissionState
 from coordinator.engine import engine as engine_module
+from coordinator.engine.engine import ends_any, members_of
 from coordinator.engine.inbox import INBOX_MESSAGES, LARGE_STEPS, EngineInbox, EngineMessage
 from coordinator.errors import UnavailableError
 from coordinator.journal.errors import JournalError
 from coordinator.journal.journal import Journal
 from infra.slices import in_slices
-from scheduler.events import SubmissionCancelled, SubmissionReceived, TimePassed
+from scheduler.events import OutputsPublished, SubmissionCancelled, SubmissionReceived, TimePassed
 from scheduler.facts import Fact
-from scheduler.model import Recipe, Requirements, StepKey, StepSpec, SubmissionId
+from scheduler.farm import Farm
+from scheduler.model import Instant, LeaseId, Recipe, Requirements, StepKey, StepSpec, SubmissionId
 from tests.coordinator.conftest import OpenedFarm, OpenFarm
 from tests.coordinator.test_engine import ONE, ManualClock, ScriptedWorker, output_path, report, started
 from workers.wire.messages import LeaseOrder, Succeeded
@@ -42,8 +44,9 @@ class HeldUp:
         self.go_on = asyncio.Event()
         if where == "decided":
             monkeypatch.setattr(engine_module, "in_slices", self._in_slices)
+        elif where == "shown":
+            monkeypatch.setattr(engine_module.Engine, "_show_part", self._showing(engine_module.Engine._show_part))  # noqa: SLF001
         else:
-            self._encoded = Journal.encoded
             monkeypatch.setattr(Journal, "encoded", self._encoding(Journal.encoded))
 
     async def _in_slices(self, work: Generator[object, None, Any], *, can_wait: bool = False) -> Any:
@@ -60,6 +63,14 @@ class HeldUp:
             return await encode(journal, facts)
 
         return encoded
+
+    def _showing(self, show: Callable[..., Any]) -> Callable[..., Any]:
+        async def shown(engine: Any, facts: Sequence[Fact], start: int) -> None:
+            await show(engine, facts, start)
+            if not self.reached.is_set():
+                await self._wait()
+
+        return shown
 
     async def _wait(self) -> None:
         self.reached.set()
@@ -88,7 +99,7 @@ async def success(farm: OpenedFarm, worker: ScriptedWorker, order: LeaseOrder) -
     return report(order, Succeeded(outputs=(await worker.upload(output_path(farm, order)),)))
 
 
-@pytest.mark.parametrize("where", ["decided", "encoded"])
+@pytest.mark.parametrize("where", ["decided", "encoded", "shown"])
 async def test_a_build_ends_and_the_next_begins_while_a_large_submission_is_taken_in(
     open_farm: OpenFarm, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -111,6 +122,16 @@ async def test_a_build_ends_and_the_next_begins_while_a_large_submission_is_take
     async with open_farm(fleet=worker.start) as farm:
         assert (await farm.client.submission("large")).counts == counts
         assert (await farm.client.submission(submission)).state is SubmissionState.SUCCEEDED
+
+
+def test_of_a_submission_that_is_being_shown_no_step_ends_before_it_is() -> None:
+    """It would count as done before the submission came, and as done since after a replay."""
+    facts, _ = Farm().handle(large("large"), Instant(1.0))
+    members = members_of(facts)
+    assert len(members) == STEPS
+    own, other = (OutputsPublished(LeaseId(StepKey(step), 1)) for step in ("large-7", "another"))
+    assert ends_any([TimePassed(), own], members)
+    assert not ends_any([TimePassed(), other], members)
 
 
 async def test_where_the_facts_of_what_passes_cannot_be_stored_the_submission_is_refused_with_it(
