@@ -143,6 +143,22 @@ def test_the_next_change_waits_by_what_the_one_before_cost_all_feeds() -> None:
     assert pause_s(1_500, 5, 1) < pause_s(15_000, 5, 1) < pause_s(15_000, 5, 2) < PAUSE_S
 
 
+async def test_changes_do_not_wait_for_what_a_snapshot_cost_and_the_next_snapshot_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(events, "RENDERED_BYTE_S", 1.0)
+    monkeypatch.setattr(events, "PAUSE_S", 3600.0)
+    async with served(6) as farm:
+        farm.driven.join()
+        reader = await farm.watch()
+        await reader.until_done(0)
+        # The one change that there may be in this hour.
+        farm.driven.publish("k0")
+        await reader.until_done(1)
+        assert reader.types[0] == "snapshot"
+        assert set(reader.types[1:]) == {"step", "counts"}
+
+
 async def test_a_stream_that_begins_late_knows_what_the_others_know() -> None:
     async with served(6) as farm:
         farm.driven.join()

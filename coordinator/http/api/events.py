@@ -3,7 +3,7 @@
 Rules:
 1. What is new is rendered once for all streams of a submission, at once where that costs little, and the less often the
    more it costs (`pause_s`): a burst of a thousand finished steps is a few writes, and a thousand watchers cost the
-   loop a thousand writes and no more.
+   loop a thousand writes and no more. What a snapshot costs, only the next one waits for: changes follow it at once.
 2. A stream that begins gets a snapshot. So does one that has left more than `BEHIND_BYTES` unread, once it reads again:
    nothing is queued for it meanwhile.
 3. A connection that takes nothing for `coordinator.http.connections.UNREAD_S` is closed and counted there.
@@ -139,10 +139,11 @@ class _Feed:
         loop = asyncio.get_running_loop()
         try:
             with self._views.watch(self.submission, self._changed.set) as watcher:
-                due = loop.time()
+                due = anew_due = loop.time()
                 while not self.over:
-                    await self._wait_until(due)
-                    if loop.time() >= due and (self._changed.is_set() or watcher.is_behind):
+                    await self._wait_until(max(due, anew_due) if watcher.is_behind else due)
+                    is_due = loop.time() >= (max(due, anew_due) if watcher.is_behind else due)
+                    if is_due and (self._changed.is_set() or watcher.is_behind):
                         self._changed.clear()
                         await self._views.recipes.fetch(watcher.failed())
                         anew, there = watcher.is_behind, set(self.streams)
@@ -150,7 +151,9 @@ class _Feed:
                         self.over = watcher.over
                         known = [each for each in self.streams if not each.fresh or (anew and each in there)]
                         await self._give(events, known)
-                        due = loop.time() + pause_s(len(events), len(known), self._feeds())
+                        due = loop.time() + pause_s(0 if anew else len(events), len(known), self._feeds())
+                        if anew:
+                            anew_due = loop.time() + pause_s(len(events), len(known), self._feeds())
                     self._wanted.clear()
                     if fresh := [each for each in self.streams if each.fresh]:
                         await self._views.recipes.fetch(watcher.failed(anew=True))
