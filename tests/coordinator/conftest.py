@@ -170,8 +170,9 @@ def open_farm(tmp_path: Path, settings: Settings) -> OpenFarm:
         owners: tuple[OwnerSettings, ...] = (),
     ) -> AsyncIterator[OpenedFarm]:
         factory = fleet or nix_workers(tmp_path / "workers", names)
+        told = settings.model_copy(update={"owners": owners}) if owners else settings
         async with (
-            open_coordinator(settings.model_copy(update={"owners": owners}), factory, clock=clock) as coordinator,
+            open_coordinator(told, factory, clock=clock) as coordinator,
             ApiClient(coordinator.ready.url, coordinator.ready.token_file.read_text().strip()) as client,
         ):
             yield OpenedFarm(coordinator, client, tmp_path, settings)
