@@ -27,6 +27,8 @@ from infra.retry import Outage, retrying
 
 #: How long a writer of SQLite waits for another one.
 BUSY_TIMEOUT_MS: Final = 10_000
+#: Page of SQLite unless another one is asked for: its own default.
+PAGE_BYTES: Final = 4096
 #: How long the loss of a database is suffered before giving up, in seconds.
 PATIENCE_S: Final = 60.0
 
@@ -51,11 +53,14 @@ _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 
-def open_engine(url: str, *, synchronous: str = "NORMAL", busy_ms: int = BUSY_TIMEOUT_MS) -> AsyncEngine:
+def open_engine(
+    url: str, *, synchronous: str = "NORMAL", busy_ms: int = BUSY_TIMEOUT_MS, page_bytes: int = PAGE_BYTES
+) -> AsyncEngine:
     """Return an engine for `sqlite+aiosqlite:///FILE` or `postgresql+psycopg://…`; connects to nothing yet.
 
     `synchronous` is SQLite's: NORMAL may lose the last commits when the power fails (never their order), FULL may not.
-    `busy_ms` is how long one of its writers waits for another.
+    `busy_ms` is how long one of its writers waits for another, `page_bytes` the page of a database that it makes: one
+    that is there keeps its own.
     """
     if url.startswith("postgresql"):
         engine = create_async_engine(url, connect_args=POSTGRES_CONNECT, pool_pre_ping=False)
@@ -66,7 +71,13 @@ def open_engine(url: str, *, synchronous: str = "NORMAL", busy_ms: int = BUSY_TI
     @event.listens_for(engine.sync_engine, "connect")
     def configure(connection: Any, _record: object) -> None:
         cursor = connection.cursor()
-        pragmas = (f"busy_timeout={busy_ms}", "journal_mode=WAL", f"synchronous={synchronous}")
+        # Before the file has any content.
+        pragmas = (
+            f"busy_timeout={busy_ms}",
+            f"page_size={page_bytes}",
+            "journal_mode=WAL",
+            f"synchronous={synchronous}",
+        )
         for pragma in (*pragmas, "foreign_keys=ON"):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()

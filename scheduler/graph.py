@@ -60,10 +60,14 @@ class StepGraph:
         """Return the needs of the recipe in use, whether the step engages them or not."""
         if step.engaged:
             return step.needs
-        if not step.recipes:
-            return ()
-        steps = self.steps
-        return tuple([steps[key] for key in dict.fromkeys(step.recipes[step.active].needs)])
+        below = step.below
+        if below is None:
+            if not step.recipes:
+                return ()
+            # Taking a submission asks three times. What a recipe names stays known for as long as its step is.
+            needs = step.recipes[step.active].needs
+            below = step.below = tuple(map(self.steps.__getitem__, dict.fromkeys(needs)))
+        return below
 
     def descend(self, starts: Iterable[Step], *, below_done: bool = False) -> list[Step]:
         """Return every step reachable from `starts` through recipes in use, each before its needs.
@@ -214,13 +218,16 @@ class StepGraph:
 
     def _take_needs(self, step: Step) -> None:
         step.needs = self.needs_of(step)
+        step.below = None
         step.engaged = True
-        step.unmet = 0
+        unmet, orphans = 0, self.orphans
         for need in step.needs:
             need.gain(step)
             if need.state is not _DONE:
-                step.unmet += 1
-                self.orphans.pop(need.key, None)
+                unmet += 1
+                if orphans:
+                    orphans.pop(need.key, None)
+        step.unmet = unmet
 
     def _release(self, step: Step) -> None:
         """Let go of the needs; those that no other step or root wants become orphans."""

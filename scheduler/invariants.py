@@ -24,7 +24,7 @@ def check(state: FarmState) -> None:
     _require(not state.orphans, f"orphans are left: {list(state.orphans)}")
     for step in state.steps.values():
         _check_life(state, step)
-        _check_needs(step)
+        _check_needs(state, step)
         _check_index(state, step)
     failed = {step.key for step in state.steps.values() if step.state is StepState.FAILED}
     _require(set(state.failed) == failed, "the index of failed steps is wrong")
@@ -137,10 +137,14 @@ def _check_names(state: FarmState) -> None:
     _require(set(state.references.unreferenced) == unreferenced, "the index of unreferenced steps is wrong")
 
 
-def _check_needs(step: Step) -> None:
+def _check_needs(state: FarmState, step: Step) -> None:
     if not step.engaged:
         _require(not step.needs, f"{step} holds needs and does not engage them")
+        if step.below is not None:
+            below = tuple(state.steps[key] for key in dict.fromkeys(step.recipe.needs))
+            _require(step.below == below, f"{step} remembers other needs than its recipe has")
         return
+    _require(step.below is None, f"{step} engages its needs and remembers them besides")
     unmet = 0
     for need in step.needs:
         unmet += need.state is not StepState.DONE

@@ -57,6 +57,7 @@ class Requirements:
     features: tuple[str, ...] = ()
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """One way to make a step: what the builder must offer and which steps must be done before."""
@@ -65,6 +66,7 @@ class Recipe:
     needs: tuple[StepKey, ...] = ()
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class StepSpec:
     """A step and its recipes, preferred first; more than one only where different recipes give one result.

@@ -56,6 +56,7 @@ class Step:
         "asked_at",
         "attempt",
         "avoid",
+        "below",
         "builder",
         "cause",
         "dependents",
@@ -108,8 +109,7 @@ class Step:
         #: Leases ever granted; the attempt of the open lease where there is one. Never falls.
         self.attempt = 0
         #: Infrastructure failures of the recipe in use, and returned and moved leases, of this life.
-        self.faults = 0
-        self.returns = self.moves = 0
+        self.faults = self.returns = self.moves = 0
         #: The kinds of those of `faults` that have a budget of their own.
         self.strikes: tuple[FailureKind, ...] = ()
         #: Failures of the recipe in use that have a signature, in this life: builder and signature of each.
@@ -129,8 +129,9 @@ class Step:
         self.dependents: tuple[Step, ...] | dict[Step, None] = ()
         #: True exactly while wanted and unfinished, orphans of a running `handle` aside.
         self.engaged = False
-        #: The needs of the recipe in use, without repeats, while engaged; else empty.
+        #: The needs of the recipe in use, without repeats, while engaged; else they are `below` once looked up.
         self.needs: tuple[Step, ...] = ()
+        self.below: tuple[Step, ...] | None = None
         #: How many of `needs` are not done.
         self.unmet = 0
         #: Length of the longest path up to a root, over all engagements ever; so it may overstate, never understate.

@@ -295,6 +295,7 @@ class FarmState(WantedSteps):
         if recipe >= len(step.recipes):
             raise ImpossibleError(f"{step.key} has no recipe {recipe}")
         step.active = recipe
+        step.below = None
         step.home = None
 
     def _lost(self, fact: f.StepLost) -> Iterator[Pause]:
@@ -450,6 +451,7 @@ class FarmState(WantedSteps):
             if not step.wanted or step.state is _DONE or step.state in LAPSED:
                 continue
             step.needs = self.needs_of(step)
+            step.below = None
             step.engaged = True
             for need in step.needs:
                 if need.state is not _DONE:

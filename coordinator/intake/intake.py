@@ -325,7 +325,11 @@ class Intake:
         limit = self._limits.max_derivations * 2
         while frontier:
             fresh: list[Node] = []
-            while frontier:
+            while True:
+                if not known:
+                    frontier = await asyncio.to_thread(self._derivations.walk, frontier, nodes, fresh)
+                if not frontier:
+                    break
                 found = await self._derivations.nodes(frontier)
                 found = {name: cut(node) if name in known else node for name, node in found.items()}
                 frontier = await asyncio.to_thread(add_nodes, nodes, frontier, found)

@@ -164,7 +164,8 @@ def steps_to_do(
     # Thousands of steps share each.
     requirements: dict[tuple[str, tuple[str, ...], Kind], Requirements] = {}
 
-    def recipe(node: Node) -> Recipe:
+    def recipe(step: StepKey, drv: str) -> Recipe:
+        node = nodes.get(drv) or nodes[stand_in[step]]
         wanted = (node.system, node.features, node.kind)
         found = requirements.get(wanted)
         if found is None:
@@ -174,10 +175,12 @@ def steps_to_do(
     def needs(step: StepKey) -> Sequence[StepKey]:
         if step in held:
             return ()
-        drvs = [drv if drv in nodes else stand_in[step] for drv in recipes[step]]
-        specs[step] = spec = StepSpec(step, tuple([recipe(nodes[drv]) for drv in drvs]))
-        if len(spec.recipes) == 1:
-            return spec.recipes[0].needs
+        drvs = recipes[step]
+        if len(drvs) == 1:
+            only = recipe(step, drvs[0])
+            specs[step] = StepSpec(step, (only,))
+            return only.needs
+        specs[step] = spec = StepSpec(step, tuple([recipe(step, drv) for drv in drvs]))
         return [need for each in spec.recipes for need in each.needs]
 
     try:

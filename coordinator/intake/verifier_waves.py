@@ -10,21 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from infra.nix.drv_head import read_head
-from infra.nix.errors import FormatError
-from infra.nix.store_path import base_name_of
+from infra.nix.drv_head import input_names
+from scheduler.values import quick
 
 #: Derivations of one job at least; some 5 ms, as long as sending a job and its answer takes of this process.
 JOB_FROM: Final = 32
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class WaveMember:
     """A derivation that is to be verified, with the base names of its input derivations."""
 
     name: str
     data: bytes
-    inputs: tuple[str, ...]
+    inputs: Sequence[str]
 
 
 def waves_of(batch: Sequence[tuple[str, bytes]]) -> list[list[WaveMember]]:
@@ -36,9 +36,8 @@ def waves_of(batch: Sequence[tuple[str, bytes]]) -> list[list[WaveMember]]:
     if len(names) < len(batch):
         return []
     for name, data in batch:
-        try:
-            inputs = tuple(map(base_name_of, read_head(data).input_drvs))
-        except FormatError:
+        inputs = input_names(data)
+        if inputs is None:
             return []
         inside = names.intersection(inputs)
         if not inside <= placed.keys():

@@ -14,6 +14,7 @@ import orjson
 import zstandard
 
 from scheduler.model import StepKey
+from scheduler.values import quick
 
 #: Below this many bytes compression does not pay.
 _COMPRESS_FROM: Final = 512
@@ -27,6 +28,11 @@ class Kind(IntEnum):
     FIXED = 1
 
 
+#: By value: a table is looked up in a fifth of the time that the call takes.
+_KINDS: Final = {int(kind): kind for kind in Kind}
+
+
+@quick
 @dataclass(frozen=True, slots=True)
 class Node:
     """Derivation as planning sees it; .drv names are base names, output paths are full."""
@@ -45,6 +51,7 @@ class Node:
     sources: tuple[str, ...] = ()
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class NewDerivation:
     """A verified derivation on its way into the store."""
@@ -59,6 +66,7 @@ class NewDerivation:
     content: str = ""
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class Known:
     """Input of a derivation as verification sees it."""
@@ -69,6 +77,7 @@ class Known:
     outputs: tuple[tuple[str, str], ...]
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class PackedDerivation:
     """A verified derivation as it is written."""
@@ -108,7 +117,7 @@ def _packed(new: NewDerivation, compressor: zstandard.ZstdCompressor) -> PackedD
 def node_of(drv: str, step: str, kind: int, detail: bytes) -> Node:
     """Return the node that is written so."""
     system, features, outputs, needs, sources = orjson.loads(detail)
-    return Node(drv, StepKey(step), Kind(kind), system, tuple(features), pairs(outputs), tuple(needs), tuple(sources))
+    return Node(drv, StepKey(step), _KINDS[kind], system, tuple(features), pairs(outputs), tuple(needs), tuple(sources))
 
 
 def pairs(outputs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:

@@ -39,9 +39,12 @@ from coordinator.stores.derivation_records import (
 from infra.database import insert_or_ignore, names_parameter, names_table, open_engine, patiently, reason
 from infra.nix.store_path import base_name_of, drv_name_of
 from scheduler.model import StepKey
+from scheduler.values import quick
 
 #: Rows of an answer that are made at once, a microsecond each; the loop goes on in between.
 ROWS_AT_ONCE = 2_000
+#: Page of SQLite: a row has some 2 KiB, and is written in half of the time that it takes with pages of 4 KiB.
+PAGE_BYTES: Final = 16_384
 #: Nodes kept in memory so that a submission right after its upload asks the database nothing; emptied when full.
 MAX_CACHED_NODES = 200_000
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -81,6 +84,7 @@ class BuildOrder:
     outputs: tuple[str, ...]
 
 
+@quick
 @dataclass(frozen=True, slots=True)
 class StepInfo:
     """A step as people see it; taken from its first recipe."""
@@ -117,7 +121,7 @@ class DerivationStore:
     def open(cls, url: str, store_dir: str = "/nix/store") -> DerivationStore:
         """Return a store on an engine of its own; `close` disposes of it."""
         # A journalled submission must find its derivations after a power cut.
-        return cls(open_engine(url, synchronous="FULL"), store_dir)
+        return cls(open_engine(url, synchronous="FULL", page_bytes=PAGE_BYTES), store_dir)
 
     async def prepare(self) -> None:
         """Create the tables where they are missing. Raises `DerivationsError`, also for those of a newer release."""
@@ -214,6 +218,26 @@ class DerivationStore:
         found = {name: node for name in names if (node := self._nodes.get(name)) is not None}
         return found, [name for name in names if name not in found]
 
+    def walk(self, names: Iterable[str], nodes: dict[str, Node], fresh: list[Node]) -> list[str]:
+        """Add the nodes at and below `names` that are in memory to `nodes` and `fresh`; return the names of others.
+
+        It ends at what `nodes` has. For a thread: right after an upload it walks the whole graph.
+        """
+        absent: dict[str, None] = {}
+        frontier = list(names)
+        while frontier:
+            level: list[Node] = []
+            for name in frontier:
+                node = self._nodes.get(name)
+                if node is None:
+                    absent[name] = None
+                else:
+                    nodes[name] = node
+                    level.append(node)
+            fresh += level
+            frontier = list(dict.fromkeys([need for node in level for need in node.needs if need not in nodes]))
+        return list(absent)
+
     async def add(self, batch: Sequence[NewDerivation]) -> None:
         """Store verified derivations in one transaction; those already stored stay as they are."""
         await self.add_packed(await asyncio.to_thread(packed, batch))
@@ -268,11 +292,13 @@ class DerivationStore:
 
     async def add_members(self, new: Sequence[tuple[StepKey, int, str]]) -> None:
         """Give recipes (step, index, .drv base name) their places, in one transaction."""
+        # In the order of the keys: half of the time, because one page of an index after the other is written.
+        rows = await asyncio.to_thread(sorted, new)
 
         async def insert() -> None:
             async with self._engine.begin() as connection:
-                for start in range(0, len(new), tables.INSERT_ROWS):
-                    await connection.exec_driver_sql(self._insert_member, list(new[start : start + tables.INSERT_ROWS]))
+                for start in range(0, len(rows), tables.INSERT_ROWS):
+                    await connection.exec_driver_sql(self._insert_member, rows[start : start + tables.INSERT_ROWS])
 
         await _translated(insert)
 

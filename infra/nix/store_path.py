@@ -140,6 +140,10 @@ class StoreDir:
         """Return whether `path_text` is a well-formed store path directly in this directory."""
         return self._bases.match(path_text) is not None
 
+    def hash_parts(self, paths: Iterable[str]) -> set[str]:
+        """Return the hash parts of those texts that are full store paths directly in this directory."""
+        return {match[1] for match in map(self._bases.match, paths) if match is not None}
+
     def render(self, store_path: StorePath) -> str:
         """The full path of `store_path`."""
         return f"{self.path}/{store_path.hash_part}-{store_path.name}"

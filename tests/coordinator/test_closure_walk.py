@@ -22,8 +22,9 @@ from coordinator.client.closure import LocalStore, read_closure
 from coordinator.client.closure_walk import ClosureWalk
 from coordinator.client.errors import RefusedError
 from infra.nix import aterm
-from infra.nix.drv_head import DrvHead, read_head
+from infra.nix.drv_head import DrvHead, input_names, read_head
 from infra.nix.errors import FormatError
+from infra.nix.store_path import base_name_of
 from tests.coordinator.conftest import OpenedFarm, OpenFarm
 from tests.support.graphs import Made, Maker
 
@@ -115,8 +116,21 @@ def test_the_head_of_a_derivation_is_that_of_the_whole() -> None:
     whole = aterm.parse(data)
     drvs = tuple(path for path, _ in whole.input_drvs)
     assert read_head(data) == DrvHead(("/d", "/o"), drvs, whole.input_srcs)
+    assert input_names(data) == ["x.drv", "y.drv"]
     with pytest.raises(FormatError, match="an escape in a name"):
         read_head(data.replace(b"/d", b"/\\n"))
+
+
+def test_names_of_inputs_are_found_without_reading_the_rest(make: Maker) -> None:
+    for made in (*layers(make, 3, 4, "layer"), make.fixed("file", b"content")):
+        assert input_names(made.data) == [base_name_of(path) for path in read_head(made.data).input_drvs]
+    for broken in (
+        b"",
+        b"Derive([",
+        b'Derive([("out","/o","","")],[("/x.drv"',
+        b'Derive([("out","/o","","")],[("\xff",[")],[',
+    ):
+        assert input_names(broken) is None
 
 
 async def sent(farm: OpenedFarm, store: LocalStore, *roots: Made, before: SentParts | None = None) -> SubmissionView:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.stores.derivations import DerivationsError, DerivationStore
+from infra.database import open_engine
 from tests.coordinator.test_intake import IntakeHarness, limits, room
 from tests.support.graphs import Maker
 
@@ -23,10 +24,21 @@ async def _open(file: Path) -> None:
         await store.close()
 
 
-def _sql(file: Path, statement: str) -> None:
+def _sql(file: Path, statement: str) -> list[tuple[object, ...]]:
     with sqlite3.connect(file) as database:
-        database.execute(statement)
+        rows = database.execute(statement).fetchall()
     database.close()
+    return rows
+
+
+async def test_a_database_has_large_pages_and_one_of_an_earlier_release_keeps_its_small_ones(tmp_path: Path) -> None:
+    await _open(tmp_path / "new")
+    assert _sql(tmp_path / "new", "PRAGMA page_size") == [(16_384,)]
+    engine = open_engine(f"sqlite+aiosqlite:///{tmp_path}/old")
+    await DerivationStore(engine).prepare()
+    await engine.dispose()
+    await _open(tmp_path / "old")
+    assert _sql(tmp_path / "old", "PRAGMA page_size") == [(4096,)]
 
 
 async def test_a_database_of_a_newer_release_is_refused_and_kept(tmp_path: Path) -> None:

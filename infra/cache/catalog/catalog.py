@@ -26,7 +26,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from infra.cache.catalog.database import Database, chunked, conflicts, paths, reading, refs
 from infra.cache.errors import ClosureTooLargeError
 from infra.database import names_parameter, names_table
-from infra.nix.errors import FormatError
 from infra.nix.narinfo import rendered_references
 from infra.nix.store_path import HASH_PART_LENGTH, StoreDir, base_name_of, hash_part_of
 from infra.objects.store import LocalObjectStore, ObjectStore
@@ -287,14 +286,8 @@ class Catalog:
 
     def hash_parts(self, store_paths: Iterable[str]) -> list[str]:
         """Return the hash parts of those texts that are full paths of this store, each once."""
-        parts = set()
-        for store_path in store_paths:
-            try:
-                parts.add(self.store_dir.parse(store_path).hash_part)
-            except FormatError:
-                # Not a path of this store, so it cannot be published: it stays missing.
-                continue
-        return list(parts)
+        # What is no path of this store cannot be published: it stays missing.
+        return list(self.store_dir.hash_parts(store_paths))
 
     async def rows(self, connection: AsyncConnection, hash_parts: Sequence[str]) -> dict[str, Row]:
         """Return the rows that there are, tombstoned or not, by hash part."""

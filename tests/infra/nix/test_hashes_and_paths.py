@@ -30,6 +30,12 @@ def test_the_vector_of_the_format_page_holds_in_all_three_texts() -> None:
         assert hashing.parse_hash(text) == ("sha256", HELLO.digest())
 
 
+def test_hash_parts_are_those_of_paths_directly_in_the_store() -> None:
+    paths = [f"/nix/store/{character * 32}-name" for character in "abc"]
+    others = ["", "/nix/store", f"/opt/store/{'d' * 32}-name", f"/nix/store/{'f' * 32}-name/bin", f"{'g' * 32}-name"]
+    assert NIX_STORE.hash_parts([*others, *paths, *paths]) == {NIX_STORE.parse(path).hash_part for path in paths}
+
+
 @given(st.binary(max_size=80))
 def test_nix32_round_trips(digest: bytes) -> None:
     assert base32.decode(base32.encode(digest)) == digest
