@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from infra.exchange import MAX_BODY_BYTES, Answer, BadAnswerError, Connections, exchange
+from tests.support.patience import PATIENCE_S
 
 
 @asynccontextmanager
@@ -27,7 +28,7 @@ async def answering(raw: bytes, requests: list[bytes]) -> AsyncIterator[str]:
 
 async def ask(raw: bytes, requests: list[bytes] | None = None) -> Answer:
     async with answering(raw, [] if requests is None else requests) as url:
-        return await exchange("POST", url, params={"a": "b c"}, headers={"X": "y"}, body=b"{}", connect_s=10.0)
+        return await exchange("POST", url, params={"a": "b c"}, headers={"X": "y"}, body=b"{}", connect_s=PATIENCE_S)
 
 
 async def test_a_request_names_its_host_and_length_and_asks_for_one_answer() -> None:
@@ -107,7 +108,7 @@ async def serving(scripts: Sequence[Sequence[bytes]], seen: list[tuple[int, int]
 
 async def test_a_connection_is_kept_for_the_next_request() -> None:
     seen: list[tuple[int, int]] = []
-    async with serving([[OK, OK]], seen) as url, Connections(connect_s=10, silence_s=10) as connections:
+    async with serving([[OK, OK]], seen) as url, Connections(connect_s=PATIENCE_S, silence_s=PATIENCE_S) as connections:
         for body in (b"one", memoryview(LARGE)):
             assert (await connections.ask("PUT", url, headers={}, body=body)).body == b"ok"
     assert seen == [(0, 3), (0, len(LARGE))]
@@ -115,7 +116,10 @@ async def test_a_connection_is_kept_for_the_next_request() -> None:
 
 async def test_a_request_is_sent_again_where_the_server_had_closed_the_kept_connection() -> None:
     seen: list[tuple[int, int]] = []
-    async with serving([[OK, b""], [OK]], seen) as url, Connections(connect_s=10, silence_s=10) as connections:
+    async with (
+        serving([[OK, b""], [OK]], seen) as url,
+        Connections(connect_s=PATIENCE_S, silence_s=PATIENCE_S) as connections,
+    ):
         # The second answer never begins: the connection is closed instead.
         for _ in range(2):
             assert (await connections.ask("POST", url, headers={}, body=b"x")).status == 200
@@ -132,7 +136,10 @@ async def test_a_request_is_sent_again_where_the_server_had_closed_the_kept_conn
 )
 async def test_a_connection_is_not_kept_where_its_server_means_to_close_it(answer: bytes) -> None:
     seen: list[tuple[int, int]] = []
-    async with serving([[answer], [answer]], seen) as url, Connections(connect_s=10, silence_s=10) as connections:
+    async with (
+        serving([[answer], [answer]], seen) as url,
+        Connections(connect_s=PATIENCE_S, silence_s=PATIENCE_S) as connections,
+    ):
         for _ in range(2):
             assert (await connections.ask("POST", url, headers={})).body == b"ok"
     assert [number for number, _ in seen] == [0, 1]
@@ -148,7 +155,7 @@ async def test_a_refusal_is_read_although_the_body_is_not_taken() -> None:
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server, Connections(connect_s=10, silence_s=10) as connections:
+    async with server, Connections(connect_s=PATIENCE_S, silence_s=PATIENCE_S) as connections:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         answer = await connections.ask("POST", url, headers={}, body=LARGE)
         refusing.set()
@@ -163,7 +170,7 @@ async def test_a_server_that_takes_nothing_is_given_up() -> None:
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=1024)
-    async with server, Connections(connect_s=10, silence_s=0.2) as connections:
+    async with server, Connections(connect_s=PATIENCE_S, silence_s=0.2) as connections:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         with pytest.raises(TimeoutError):
             await connections.ask("POST", url, headers={}, body=LARGE)
