@@ -1,7 +1,7 @@
 """Objects that arrive in pieces: one file for each slot, hashed while it grows, moved to its place when it is whole.
 
 What will be published is unpacked while it grows too, so that the commit need not read it back; at most MAX_PROOFS
-objects at one time, and only those that came whole to one process. All others are read back.
+objects at one time, those that began last, and only those that came whole to one process. All others are read back.
 
 The files are the directory `incoming/` of a store that is a directory, so that placing an object is a rename; else they
 lie in a directory of the coordinator. They outlive this process and are found again by their slot: a client that
@@ -82,7 +82,8 @@ class RelayStaging:
         running = await self._hash_so_far(slot)
         if offset != running.size:
             raise WrongOffsetError(running.size)
-        if not running.size and sum(each.nar is not None for each in self._running.values()) < MAX_PROOFS:
+        if not running.size:
+            self._make_room()
             running.nar = unpacked()
         async for block in blocks(data):
             if running.size + len(block) > most_bytes:
@@ -96,6 +97,12 @@ class RelayStaging:
             else:
                 await asyncio.to_thread(_write, file, running, block)
         return running.size
+
+    def _make_room(self) -> None:
+        """Have the object that began longest ago read back, since it may have been abandoned."""
+        unpacked = [each for each in self._running.values() if each.nar is not None]
+        if len(unpacked) >= MAX_PROOFS:
+            unpacked[0].nar = None
 
     def proves(self, slot: str, nar_hash: str, nar_size: int) -> bool:
         """Return whether what arrived, all of it in this process, was found to be the object of this NAR."""
@@ -172,8 +179,10 @@ def _write(file: Path, running: _Running, block: bytes) -> None:
         raise ObjectStoreError(f"cannot write what is uploaded: {error.strerror}") from error
     running.hash.update(block)
     running.size += len(block)
-    if running.nar is not None:
-        running.nar.feed(block)
+    # The event loop may drop it meanwhile.
+    nar = running.nar
+    if nar is not None:
+        nar.feed(block)
 
 
 def _size(file: Path) -> int:
