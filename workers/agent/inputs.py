@@ -344,7 +344,7 @@ class InputFetcher:
         if not unclaimed:
             return list(earlier), []
         infos = await sources.narinfos(unclaimed)
-        missing = await self._missing({info.store_path for info in infos})
+        missing = await self._still_missing({info.store_path for info in infos}, missing)
         earlier |= {self._claimed[path] for path in missing if path in self._claimed}
         mine = [info for info in infos if info.store_path in missing and info.store_path not in self._claimed]
         if not mine:
@@ -357,6 +357,14 @@ class InputFetcher:
         for info in mine:
             self._claimed[info.store_path] = own
         return list(earlier), [own]
+
+    async def _still_missing(self, paths: set[str], before: set[str]) -> set[str]:
+        """Do what `_missing` does, without asking again for those that were missing `before`, under the same roots."""
+        generation = self._generation
+        missing = await self._missing(paths - before)
+        if generation != self._generation:
+            return await self._missing(paths)
+        return (missing | (paths & before)) - self._valid
 
     async def _missing(self, paths: set[str]) -> set[str]:
         """Root paths, then ask which are not valid; a connection whose daemon is gone is replaced once."""
