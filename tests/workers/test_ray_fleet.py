@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -26,7 +27,7 @@ from infra.process_tree import process_tree
 from tests.support.patience import PATIENCE_S
 from workers.agent.settings import native_system
 from workers.ray_transport.access import make_token_file
-from workers.ray_transport.fleet import RayFleet
+from workers.ray_transport.fleet import REST_AFTER_S, RESTS, RayFleet
 from workers.ray_transport.nodes import WORKER_LABEL, RayHead, RayWorkerNode
 from workers.ray_transport.offers import SLOT, NodeBundle, labels_of
 from workers.wire.fleet import FleetError, FleetEvent, WorkerConnected, WorkerGone, WorkerSpoke
@@ -92,9 +93,9 @@ class Site:
         )
 
     @asynccontextmanager
-    async def fleet(self) -> AsyncIterator[tuple[RayFleet, Heard]]:
+    async def fleet(self, rest_after_s: float = REST_AFTER_S) -> AsyncIterator[tuple[RayFleet, Heard]]:
         heard = Heard()
-        fleet = RayFleet(token_file=self.token, farm=self.farm)
+        fleet = RayFleet(token_file=self.token, farm=self.farm, rest_after_s=rest_after_s)
         async with fleet.connected(self.head.address):
             serving = asyncio.create_task(fleet.run(heard.sink))
             try:
@@ -318,6 +319,39 @@ async def test_what_is_requested_of_an_autoscaler_and_what_nodes_offer_stand_in_
         assert (await asyncio.to_thread(read_by_version_2))[1] == []
 
 
+async def test_agents_with_nothing_to_do_end_where_ray_may_end_their_nodes_and_come_back_for_work(site: Site) -> None:
+    async with site.fleet(rest_after_s=0.2) as (fleet, heard):
+        await heard.until(lambda: all(heard.hellos(name) for name in "abc"))
+        # Before an autoscaler is asked for anything, an agent stays.
+        assert not any(heard.losses(name) for name in "abc")
+        await fleet.request_nodes([])
+        await heard.until(lambda: all(heard.losses(name) for name in "abc"))
+        assert {loss.reason for name in "abc" for loss in heard.losses(name)} == {RESTS}
+        async with asyncio.timeout(PATIENCE_S):
+            while len(await asyncio.to_thread(idle_nodes)) < 3:  # noqa: ASYNC110 - sends no event
+                await asyncio.sleep(0.1)
+        await fleet.request_nodes([NodeBundle({SLOT: 1.0}, labels_of((native_system(),), ()))])
+        await heard.until(lambda: len(heard.hellos("a")) == 2)
+        built = order(drv("once-more", ": > $out"))
+        await fleet.start_many("a", [built])
+        await heard.until(lambda: built.step in heard.reports)
+
+
+def idle_nodes() -> list[str]:
+    """Return the nodes of workers that version 2 of the autoscaler takes for idle."""
+    states = import_module("ray.core.generated.autoscaler_pb2").NodeStatus
+    return [
+        node.node_id.hex()
+        for node in cluster_state().node_states
+        if node.status == states.IDLE and node.labels.get(WORKER_LABEL)
+    ]
+
+
+def cluster_state() -> Any:
+    gcs = import_module("ray.experimental.internal_kv").internal_kv_get_gcs_client()
+    return import_module("ray.autoscaler.v2.sdk").get_cluster_resource_state(gcs)
+
+
 def drain_by_ray(worker: str, reason: str) -> bool:
     """Have the head drain a node for ten minutes, as `ray drain-node` does; returns whether it takes that."""
     ray, messages = import_module("ray"), import_module("ray.core.generated.autoscaler_pb2")
@@ -346,8 +380,7 @@ def let_version_2_run() -> None:
 
 def read_by_version_2() -> tuple[list[tuple[float, dict[str, str]]], list[tuple[dict[str, float], set[str], int]]]:
     """Return slots and labels of nodes, and resources, labels and number of what is requested."""
-    gcs = import_module("ray.experimental.internal_kv").internal_kv_get_gcs_client()
-    state = import_module("ray.autoscaler.v2.sdk").get_cluster_resource_state(gcs)
+    state = cluster_state()
     nodes = [(node.total_resources[SLOT], dict(node.labels)) for node in state.node_states if node.total_resources]
     requests = [each for constraint in state.cluster_resource_constraints for each in constraint.resource_requests]
     return nodes, [

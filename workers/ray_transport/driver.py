@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class ListedNode:
     worker: str
     alive: bool
     death: str
+    labels: Mapping[str, str]
     #: Ray wants to end it, for good: its autoscaler, a cloud that takes the machine back, or `ray drain-node`.
     draining: bool = False
     #: Unix time at which it is ended whatever runs there; 0.0: none is said.
@@ -100,6 +101,7 @@ class RayDriver:
                 worker=str(node["Labels"][WORKER_LABEL]),
                 alive=bool(node["Alive"]),
                 death=str(node.get("DeathReasonMessage") or "no reason given"),
+                labels=dict(node["Labels"]),
                 draining=bool(node["Alive"]) and node["NodeID"] in draining,
                 ends_at=draining.get(node["NodeID"], 0) / 1000,
             )
@@ -131,6 +133,10 @@ class RayDriver:
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
         )
         return options.remote()
+
+    def end_agent(self, handle: Any) -> None:
+        """End an agent for good; its node may have another one."""
+        self._ray.kill(handle)
 
     def send(self, handle: Any, method: str, group: str, arguments: Sequence[Any]) -> Awaitable[Any]:
         """Send one call, from any thread, and return what an event loop waits for: its answer."""

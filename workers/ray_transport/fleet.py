@@ -11,6 +11,8 @@ Ray carries messages and knows which nodes live; it decides nothing. Rules:
   something, and lets nodes wait for ever: so driver and nodes look for it first, and end by themselves.
 * A node that Ray drains gets no new leases: its agent is told to drain. What runs there runs on; what the end of the
   node ends is lost with it, and done elsewhere.
+* Ray takes a node with an agent for busy. So where an autoscaler is asked for nodes, an agent ends once it has had
+  nothing to do for a while and nothing that fits its node is asked for; its node has another one as soon as it is.
 * Only Ray's own word is a death: the actor died, or its node is no longer alive. Everything else is "unknown".
 * Messages are plain dicts, lists and bytes; classes cross by reference, so all nodes run the same installation.
 """
@@ -22,10 +24,11 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from infra.retry import Outage
 from workers.ray_transport.access import RayNodeError, check_token_file, is_loopback
@@ -33,8 +36,8 @@ from workers.ray_transport.blocking_calls import BlockingCalls
 from workers.ray_transport.driver import ActorCalls, ClusterLostError, ListedNode, RayDriver
 from workers.ray_transport.head_port import check_listens
 from workers.ray_transport.offers import NodeBundle
-from workers.wire.fleet import FleetError, Sink
-from workers.wire.messages import FarmInfo
+from workers.wire.fleet import FleetError, FleetEvent, Sink, WorkerConnected, WorkerGone, WorkerSpoke
+from workers.wire.messages import FarmInfo, LeaseOrder
 from workers.wire.polling import AgentRoster, AgentUnavailable
 
 _log = logging.getLogger(__name__)
@@ -48,6 +51,9 @@ CLOSE_DEADLINE_S = 20.0
 DISCOVER_EVERY_S = 1.0
 LONGER_WHEN_QUIET = 4
 QUIET_AFTER_S = 30.0
+#: Seconds without work after which an agent ends where an autoscaler may end its node, and what is said of it.
+REST_AFTER_S = 120.0
+RESTS = "nothing is there to be done on it, and Ray may end its node; it is back once something is"
 #: Threads that may hang in Ray at one time.
 BLOCKED_CALLS = 16
 #: Pauses between two agents on a node whose agent died although the node lives, seconds; doubling between them.
@@ -55,13 +61,19 @@ RECREATE_FIRST_S = 1.0
 RECREATE_LONGEST_S = 30.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Node:
     """A node as Ray lists it; `dead` is fulfilled with the reason once Ray confirms its death."""
 
     node_id: str
     worker: str
+    labels: Mapping[str, str]
     dead: asyncio.Future[str]
+    #: Clear while it has no agent, for want of anything to do.
+    wanted: asyncio.Event
+    #: When its agent last had something to do or was wanted, and Ray's handle of it.
+    busy_at: float = 0.0
+    agent: Any = None
 
 
 class RayFleet(AgentRoster):
@@ -77,8 +89,12 @@ class RayFleet(AgentRoster):
         farm: FarmInfo,
         cluster: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
         discover_every_s: float = DISCOVER_EVERY_S,
+        rest_after_s: float = REST_AFTER_S,
     ) -> None:
         super().__init__(farm)
+        self._rest_after_s = rest_after_s
+        #: What was requested last; None while no autoscaler is asked.
+        self._requested: Sequence[NodeBundle] | None = None
         self._token_file = token_file
         self._cluster = cluster
         self._discover_every_s = discover_every_s
@@ -145,6 +161,7 @@ class RayFleet(AgentRoster):
                 nodes = sorted(await self._list(), key=lambda listed: (listed.alive, listed.node_id))
                 for node in nodes:
                     self._look_at(node, sink, serving)
+                self._let_rest(serving)
                 if nodes != before or self._outage.trouble:
                     before, changed_at = nodes, time.monotonic()
                 quiet = time.monotonic() - changed_at > QUIET_AFTER_S
@@ -156,7 +173,45 @@ class RayFleet(AgentRoster):
         It is a hint, and none where the cluster has no autoscaler. Raises `FleetError`.
         """
         ray = self._driver
+        self._requested = bundles
+        for node in self._nodes.values():
+            self._is_wanted(node)
         await self._blocking.run("asking the autoscaler", DISCOVER_DEADLINE_S, lambda: ray.request_nodes(bundles))
+
+    async def start_many(self, worker: str, orders: Sequence[LeaseOrder]) -> None:
+        """See `Fleet.start_many`."""
+        for node in self._nodes.values():
+            if node.worker == worker:
+                node.busy_at = time.monotonic()
+        await super().start_many(worker, orders)
+
+    def _is_wanted(self, node: _Node) -> bool:
+        """Return whether a node fits what is requested; it gets an agent then, if it has none."""
+        requested = self._requested
+        wanted = requested is None or any(each.labels.items() <= node.labels.items() for each in requested)
+        if wanted:
+            node.busy_at = time.monotonic()
+            node.wanted.set()
+        return wanted
+
+    def _let_rest(self, serving: asyncio.TaskGroup) -> None:
+        """End the agents that have had nothing to do for long, on nodes that fit nothing that is requested."""
+        for node in self._nodes.values():
+            idle_s = time.monotonic() - node.busy_at
+            if node.dead.done() or self._is_wanted(node) or node.agent is None or idle_s < self._rest_after_s:
+                continue
+            node.wanted.clear()
+            serving.create_task(self._end_agent(node), name=f"rest {node.worker}")
+
+    async def _end_agent(self, node: _Node) -> None:
+        ray, agent, node.agent = self._driver, node.agent, None
+        try:
+            await self._blocking.run(
+                f"ending the agent of {node.worker}", CREATE_DEADLINE_S, lambda: ray.end_agent(agent)
+            )
+        except FleetError as error:
+            _log.warning("worker %s does not rest: %s", node.worker, error)
+            node.wanted.set()
 
     async def _list(self) -> list[ListedNode]:
         """Return all nodes; none while the head is away: agents are still reached, and new ones can wait."""
@@ -190,7 +245,10 @@ class RayFleet(AgentRoster):
         known = self._nodes.get(listed.node_id)
         if listed.alive and known is None and not self._is_second(listed):
             dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-            node = self._nodes[listed.node_id] = _Node(listed.node_id, listed.worker, dead)
+            node = _Node(listed.node_id, listed.worker, listed.labels, dead, asyncio.Event())
+            # It may have an agent with builds.
+            node.wanted.set()
+            self._nodes[listed.node_id] = node
             serving.create_task(self._serve(node, sink), name=f"serve {listed.worker}")
         elif listed.draining and known is not None and listed.node_id not in self._drained:
             self._drained.add(listed.node_id)
@@ -226,14 +284,26 @@ class RayFleet(AgentRoster):
         """Keep one agent on the node for as long as the node lives."""
         ray = self._driver
         pause_s = RECREATE_FIRST_S
+
+        async def heard(event: FleetEvent) -> None:
+            if isinstance(event, WorkerConnected) or (
+                isinstance(event, WorkerSpoke) and (event.batch.leases or event.batch.events)
+            ):
+                node.busy_at = time.monotonic()
+            if isinstance(event, WorkerGone) and not node.wanted.is_set():
+                event = replace(event, reason=RESTS)
+            await sink(event)
+
         try:
             while not node.dead.done():
-                began = time.monotonic()
+                await _first_of(node.wanted, node.dead)
+                began = node.busy_at = time.monotonic()
                 try:
                     handle = await self._blocking.run(
                         f"creating the agent of {node.worker}", CREATE_DEADLINE_S, lambda: ray.agent(node.node_id)
                     )
-                    await self.serve(node.worker, ActorCalls(ray, handle, node.dead, self._epoch), sink)
+                    node.agent = handle
+                    await self.serve(node.worker, ActorCalls(ray, handle, node.dead, self._epoch), heard)
                 except AgentUnavailable as error:
                     _log.warning("worker %s has no agent: %s", node.worker, error)
                 if time.monotonic() - began > RECREATE_LONGEST_S:
@@ -244,6 +314,15 @@ class RayFleet(AgentRoster):
             if not node.dead.done():
                 # Cancelled: a later `run` shall find the node again.
                 del self._nodes[node.node_id]
+
+
+async def _first_of(wanted: asyncio.Event, dead: asyncio.Future[str]) -> None:
+    """Wait for either."""
+    waiting = asyncio.ensure_future(wanted.wait())
+    try:
+        await asyncio.wait((waiting, dead), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
 
 
 def _take_signals_back() -> None:
