@@ -24,6 +24,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from infra.retry import Outage, retrying
+from infra.sqlite_driver import sqlite_driver
 
 #: How long a writer of SQLite waits for another one.
 BUSY_TIMEOUT_MS: Final = 10_000
@@ -66,7 +67,7 @@ def open_engine(
         engine = create_async_engine(url, connect_args=POSTGRES_CONNECT, pool_pre_ping=False)
         event.listen(engine.sync_engine, "connect", _configure_postgresql)
         return engine
-    engine = create_async_engine(url)
+    engine = create_async_engine(url, module=sqlite_driver())
 
     @event.listens_for(engine.sync_engine, "connect")
     def configure(connection: Any, _record: object) -> None:

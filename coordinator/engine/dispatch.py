@@ -155,7 +155,7 @@ class Dispatch:
 
     async def _start(self, worker: str, starts: Sequence[StartBuild]) -> None:
         try:
-            sizes = await self._derivations.order_sizes([_recipe_of(start) for start in starts])
+            sizes, small = await self._derivations.order_sizes([_recipe_of(start) for start in starts])
         except DerivationsError as error:
             await self._unreadable(worker, starts, error)
             return
@@ -164,14 +164,23 @@ class Dispatch:
             await self._give_back(absent, "the coordinator does not have the derivation any more; submit it again")
         for portion, size in _portions([start for start in starts if _recipe_of(start) in sizes], sizes):
             async with self._room_for(worker, size):
-                await self._send(worker, portion, large=size > LARGE_BYTES)
+                await self._send(worker, portion, small, large=size > LARGE_BYTES)
 
     def _room_for(self, worker: str, size: int) -> AbstractAsyncContextManager[None]:
         return self.budget.acquire(worker, size * SENDING_COST) if size > LARGE_BYTES else nullcontext()
 
-    async def _send(self, worker: str, starts: Sequence[StartBuild], *, large: bool) -> None:
+    async def _send(
+        self,
+        worker: str,
+        starts: Sequence[StartBuild],
+        small: Mapping[tuple[StepKey, int], BuildOrder],
+        *,
+        large: bool,
+    ) -> None:
+        """Send orders; `small` are those that were read with their sizes."""
+        rest = [recipe for start in starts if (recipe := _recipe_of(start)) not in small]
         try:
-            known = await self._derivations.orders([_recipe_of(start) for start in starts])
+            known = {**small, **(await self._derivations.orders(rest))} if rest else small
         except DerivationsError as error:
             await self._unreadable(worker, starts, error)
             return

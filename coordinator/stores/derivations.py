@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 
 import orjson
 import zstandard
-from sqlalchemy import ColumnElement, Select, func, insert, inspect, select
+from sqlalchemy import ColumnElement, Select, bindparam, case, func, insert, inspect, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -47,6 +47,11 @@ ROWS_AT_ONCE = 2_000
 PAGE_BYTES: Final = 16_384
 #: Nodes kept in memory so that a submission right after its upload asks the database nothing; emptied when full.
 MAX_CACHED_NODES = 200_000
+#: Steps kept in memory from their order to their publication, some kilobyte each; emptied when full.
+MAX_CACHED_INFOS: Final = 4096
+#: Bytes of a row that is read together with its size, and bytes inflated of all orders that are given so.
+SMALL_ROW_BYTES: Final = 16 * 1024
+SMALL_ORDERS_BYTES: Final = 256 * 1024
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 #: Bytes at the beginning of a zstd frame that have its inflated size.
 _ZSTD_HEADER_BYTES: Final = 18
@@ -112,7 +117,22 @@ class DerivationStore:
         self._store_dir = store_dir
         #: Copies of rows; may be emptied at any time.
         self._nodes: dict[str, Node] = {}
+        #: Of steps that were ordered; may be emptied at any time.
+        self._infos: dict[StepKey, StepInfo] = {}
         self._wanted = names_table(engine)
+        stored = tables.derivations.c
+        length = func.length(stored.aterm)
+        others = func.length(stored.inputs) + func.length(stored.detail)
+        is_small = length + others <= SMALL_ROW_BYTES
+        self._whole = self._recipes_query(stored.drv, stored.aterm, stored.inputs, stored.detail)
+        self._inputs = self._recipes_query(stored.inputs)
+        self._measured = self._recipes_query(
+            stored.drv,
+            length.label("stored"),
+            func.substr(stored.aterm, 1, _ZSTD_HEADER_BYTES).label("header"),
+            others.label("others"),
+            *(case((is_small, column)).label(column.name) for column in (stored.aterm, stored.inputs, stored.detail)),
+        )
         self._insert = insert_or_ignore(engine, "derivations", "drv, step, kind, detail, inputs, modulo, aterm")
         self._insert_output = insert_or_ignore(engine, tables.outputs.name, "path, step")
         self._insert_member = insert_or_ignore(engine, "members", "step, ordinal, drv")
@@ -302,54 +322,66 @@ class DerivationStore:
 
         await _translated(insert)
 
-    async def order_sizes(self, wanted: Iterable[tuple[StepKey, int]]) -> Mapping[tuple[StepKey, int], int]:
-        """Return the bytes in memory of what `orders` gives for each (step, recipe index); unknown pairs are absent.
+    async def order_sizes(
+        self, wanted: Iterable[tuple[StepKey, int]]
+    ) -> tuple[dict[tuple[StepKey, int], int], dict[tuple[StepKey, int], BuildOrder]]:
+        """Return the bytes in memory of what `orders` gives for each (step, recipe index), and orders of small ones.
 
-        One query for each index, which inflates nothing: few bytes in the database may be tens of megabytes inflated.
+        Unknown pairs are in neither. One query for each index, and nothing large is inflated or read: few bytes in the
+        database may be tens of megabytes inflated. Of what is small, SMALL_ORDERS_BYTES in all are given.
         """
-        columns = (
-            func.length(tables.derivations.c.aterm).label("stored"),
-            func.substr(tables.derivations.c.aterm, 1, _ZSTD_HEADER_BYTES).label("header"),
-            (func.length(tables.derivations.c.inputs) + func.length(tables.derivations.c.detail)).label("others"),
-        )
-        rows = await self._recipes(wanted, *columns)
-        return {pair: _inflated_size(row.header, row.stored) + row.others for pair, row in rows}
+        sizes: dict[tuple[StepKey, int], int] = {}
+        small: dict[tuple[StepKey, int], BuildOrder] = {}
+        left = SMALL_ORDERS_BYTES
+        for pair, row in await self._recipes(wanted, self._measured):
+            size = sizes[pair] = _inflated_size(row.header, row.stored) + row.others
+            if row.aterm is not None and size <= left:
+                small[pair] = self._order(row)
+                left -= size
+                if pair[1] == 0:
+                    self._remember_info(pair[0], row)
+        return sizes, small
 
     async def orders(self, wanted: Iterable[tuple[StepKey, int]]) -> Mapping[tuple[StepKey, int], BuildOrder]:
         """Return what to send for each (step, recipe index); unknown pairs are absent. One query for each index.
 
         All are in memory at once: `order_sizes` counts before how many fit.
         """
-        columns = (
-            tables.derivations.c.drv,
-            tables.derivations.c.aterm,
-            tables.derivations.c.inputs,
-            tables.derivations.c.detail,
-        )
-        rows = await self._recipes(wanted, *columns)
-
-        def unpack() -> dict[tuple[StepKey, int], BuildOrder]:
-            return {
-                pair: BuildOrder(
-                    f"{self._store_dir}/{row.drv}",
-                    _unpacked(row.aterm),
-                    tuple(orjson.loads(row.inputs)),
-                    tuple([path for _, path in orjson.loads(row.detail)[2]]),
-                )
-                for pair, row in rows
-            }
-
+        rows = await self._recipes(wanted, self._whole)
         # In a thread: one derivation may have tens of megabytes.
-        return await asyncio.to_thread(unpack)
+        return await asyncio.to_thread(lambda: {pair: self._order(row) for pair, row in rows})
+
+    def _order(self, row: Any) -> BuildOrder:
+        """Return the order that a row of `_whole` is."""
+        return BuildOrder(
+            f"{self._store_dir}/{row.drv}",
+            _unpacked(row.aterm),
+            tuple(orjson.loads(row.inputs)),
+            tuple([path for _, path in orjson.loads(row.detail)[2]]),
+        )
+
+    def _remember_info(self, step: StepKey, row: Any) -> None:
+        """Keep what is asked of a step as soon as its first recipe is built."""
+        if len(self._infos) >= MAX_CACHED_INFOS:
+            self._infos.clear()
+        self._infos[step] = self._info_of(step, row.drv, row.detail)
+
+    def _info_of(self, step: StepKey, drv: str, detail: bytes) -> StepInfo:
+        system, features, outputs, *_ = orjson.loads(detail)
+        return _info(step, drv, system, tuple(features), pairs(outputs), self._store_dir)
 
     async def inputs(self, step: StepKey, recipe: int) -> tuple[str, ...]:
         """Return the inputs (full store paths) of a step's recipe, without its derivation; none where it is unknown."""
-        for _, row in await self._recipes([(step, recipe)], tables.derivations.c.inputs):
+        for _, row in await self._recipes([(step, recipe)], self._inputs):
             return tuple(await asyncio.to_thread(orjson.loads, row.inputs))
         return ()
 
     async def steps(self, keys: Sequence[StepKey]) -> Mapping[StepKey, StepInfo]:
-        """Return what people want to know of each step; keys that were never submitted are absent. One query."""
+        """Return what people want to know of each step; absent are those never submitted. At most one query."""
+        if len(keys) <= ROWS_AT_ONCE:
+            remembered = {key: info for key in keys if (info := self._infos.get(key)) is not None}
+            if len(remembered) == len(set(keys)):
+                return remembered
         wanted = self._wanted
         query = (
             select(tables.members.c.step, tables.derivations.c.drv, tables.derivations.c.detail)
@@ -360,17 +392,12 @@ class DerivationStore:
         rows = await self._answers(query, keys)
 
         def infos() -> dict[StepKey, StepInfo]:
-            found: dict[StepKey, StepInfo] = {}
-            for step, drv, detail in rows:
-                system, features, outputs, _, _ = orjson.loads(detail)
-                key = StepKey(step)
-                found[key] = _info(key, drv, system, tuple(features), pairs(outputs), self._store_dir)
-            return found
+            return {StepKey(step): self._info_of(StepKey(step), drv, detail) for step, drv, detail in rows}
 
         return await asyncio.to_thread(infos)
 
     async def _recipes(
-        self, wanted: Iterable[tuple[StepKey, int]], *columns: ColumnElement[Any]
+        self, wanted: Iterable[tuple[StepKey, int]], query: Select[Any]
     ) -> list[tuple[tuple[StepKey, int], Any]]:
         """Return columns of (step, recipe index) pairs; a step's other recipes may be large and are not read."""
         steps: dict[int, list[StepKey]] = {}
@@ -378,21 +405,25 @@ class DerivationStore:
             steps.setdefault(index, []).append(step)
         found: list[tuple[tuple[StepKey, int], Any]] = []
         for index, keys in steps.items():
-            query = (
-                select(tables.members.c.step, *columns)
-                .select_from(tables.members)
-                .join(self._wanted, self._wanted.c.value == tables.members.c.step)
-                .join(tables.derivations, tables.derivations.c.drv == tables.members.c.drv)
-                .where(tables.members.c.ordinal == index)
-            )
-            found += [((StepKey(row.step), index), row) for row in await self._answers(query, dict.fromkeys(keys))]
+            rows = await self._answers(query, dict.fromkeys(keys), ordinal=index)
+            found += [((StepKey(row.step), index), row) for row in rows]
         return found
+
+    def _recipes_query(self, *columns: ColumnElement[Any]) -> Select[Any]:
+        """Return a question about recipes of one index; made once, because making it costs as much as asking it."""
+        return (
+            select(tables.members.c.step, *columns)
+            .select_from(tables.members)
+            .join(self._wanted, self._wanted.c.value == tables.members.c.step)
+            .join(tables.derivations, tables.derivations.c.drv == tables.members.c.drv)
+            .where(tables.members.c.ordinal == bindparam("ordinal"))
+        )
 
     async def _rows(self, query: Select[Any], names: Iterable[str]) -> Sequence[Any]:
         return await self._answers(query.join(self._wanted, self._wanted.c.value == tables.derivations.c.drv), names)
 
-    async def _answers(self, query: Select[Any], names: Iterable[str]) -> Sequence[Any]:
-        parameters = {"names": names_parameter(names)}
+    async def _answers(self, query: Select[Any], names: Iterable[str], **others: int) -> Sequence[Any]:
+        parameters = {"names": names_parameter(names), **others}
 
         async def ask() -> Sequence[Any]:
             async with self._engine.connect() as connection:

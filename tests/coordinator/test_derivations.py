@@ -9,6 +9,9 @@ import pytest
 
 from coordinator.stores.derivations import DerivationsError, DerivationStore
 from infra.database import open_engine
+
+from coordinator.stores.derivations import SMALL_ORDERS_BYTES, DerivationsError, DerivationStore
+from scheduler.model import StepKey
 from tests.coordinator.test_intake import IntakeHarness, limits, room
 from tests.support.graphs import Maker
 
@@ -78,3 +81,41 @@ async def test_a_file_that_is_no_database_is_refused_and_kept(tmp_path: Path) ->
     with pytest.raises(DerivationsError, match="file is not a database"):
         await _open(file)
     assert file.read_bytes() == before
+
+
+async def test_a_small_order_comes_with_its_size_and_a_large_one_when_it_is_its_turn(room: IntakeHarness) -> None:
+    make = Maker()
+    small, large = make.plain("small"), make.plain("large", text="".join(f"{n}," for n in range(60_000)))
+    await room.send([small, large])
+    await room.submit(small, large)
+    wanted = [(StepKey(each.step), 0) for each in (small, large)]
+    sizes, orders = await room.derivations.order_sizes([*wanted, (StepKey("nosuch"), 0)])
+    whole = await room.derivations.orders(wanted)
+    assert list(orders) == wanted[:1]
+    assert orders[wanted[0]] == whole[wanted[0]]
+    assert set(sizes) == set(wanted)
+    assert all(size > len(whole[pair].derivation) for pair, size in sizes.items())
+
+
+async def test_small_orders_together_have_a_bound(room: IntakeHarness) -> None:
+    make = Maker()
+    many = [make.plain(f"p{n}", text="x" * 15_000) for n in range(2 + SMALL_ORDERS_BYTES // 15_000)]
+    await room.send(many)
+    await room.submit(*many)
+    sizes, orders = await room.derivations.order_sizes([(StepKey(each.step), 0) for each in many])
+    assert len(sizes) == len(many)
+    assert 0 < len(orders) < len(many)
+    assert sum(sizes[pair] for pair in orders) <= SMALL_ORDERS_BYTES
+
+
+async def test_what_was_ordered_is_published_without_another_question(room: IntakeHarness, tmp_path: Path) -> None:
+    make = Maker()
+    one, other = make.plain("one", outputs=("dev", "out")), make.plain("other")
+    await room.send([one, other])
+    await room.submit(one, other)
+    asked = await room.derivations.steps([StepKey(one.step), StepKey(other.step)])
+    await room.derivations.order_sizes([(StepKey(one.step), 0)])
+    # What is not there any more cannot be read.
+    _sql(tmp_path / "derivations.sqlite3", "DELETE FROM members")
+    assert await room.derivations.steps([StepKey(one.step)]) == {StepKey(one.step): asked[StepKey(one.step)]}
+    assert await room.derivations.steps([StepKey(other.step)]) == {}

@@ -47,6 +47,7 @@ from infra.cache.catalog.migrate import migrate, refuse_newer
 from infra.cache.errors import CacheFencedError, MetadataBusyError, MetadataError
 from infra.database import IDLE_IN_TRANSACTION_MS, PATIENCE_S, POSTGRES_CONNECT, may_pass, reason
 from infra.retry import Outage, retrying
+from infra.sqlite_driver import sqlite_driver
 
 _T = TypeVar("_T")
 
@@ -358,7 +359,7 @@ def _engine(url: str) -> AsyncEngine:
             f"a cache's database is sqlite+aiosqlite:///FILE or postgresql+psycopg://HOST/NAME, not {driver}://…"
         )
     if driver == "sqlite+aiosqlite":
-        engine = create_async_engine(url, **sized)
+        engine = create_async_engine(url, **sized, module=sqlite_driver())
         event.listen(engine.sync_engine, "connect", _configure_sqlite)
         event.listen(engine.sync_engine, "begin", _begin_sqlite)
         return engine
