@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterable
+from functools import cache
 from typing import Any, Final, TypeVar
 
 import orjson
@@ -139,8 +140,13 @@ async def patiently(call: Callable[[], Awaitable[_Result]], subject: str) -> _Re
 
 def names_table(engine: AsyncEngine | AsyncConnection) -> Subquery:
     """Return a table of one column `value`: the names in the JSON array that the parameter `names` will be."""
+    return _names_table(engine.dialect.name)
+
+
+@cache
+def _names_table(dialect: str) -> Subquery:
     names: BindParameter[str] = bindparam("names", type_=Text)
-    if engine.dialect.name == "postgresql":
+    if dialect == "postgresql":
         rows = func.jsonb_array_elements_text(cast(names, JSONB)).table_valued("value")
     else:
         rows = func.json_each(names).table_valued("value")

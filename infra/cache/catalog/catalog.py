@@ -17,6 +17,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -87,6 +88,12 @@ _ROW_COLUMNS = (
 def row_columns() -> tuple[sa.Column[Any], ...]:
     """Return the columns that a `Row` is made of, in order."""
     return _ROW_COLUMNS
+
+
+@cache
+def _rows_question(wanted: sa.Subquery) -> sa.Select[Any]:
+    """Return the question for rows by hash part; made once for each kind of database, as it costs more than to ask."""
+    return sa.select(*_ROW_COLUMNS).join(wanted, wanted.c.value == paths.c.hash_part)
 
 
 class Catalog:
@@ -294,8 +301,7 @@ class Catalog:
         found: dict[str, Row] = {}
         if not hash_parts:
             return found
-        wanted = names_table(connection)
-        question = sa.select(*_ROW_COLUMNS).join(wanted, wanted.c.value == paths.c.hash_part)
+        question = _rows_question(names_table(connection))
         answer = await connection.execute(question, {"names": names_parameter(hash_parts)})
         for some in answer.partitions(ROWS_AT_ONCE):
             for values in some:

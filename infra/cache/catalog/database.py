@@ -185,6 +185,8 @@ fencing = sa.Table(
     sa.Column("journal", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("epoch", sa.BigInteger, nullable=False),
 )
+#: What every writer asks first.
+_TOKEN = sa.select(fencing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +331,7 @@ async def _enter(
 
 
 async def _current_token(connection: AsyncConnection) -> FencingToken | None:
-    row = (await connection.execute(sa.select(fencing))).one_or_none()
+    row = (await connection.execute(_TOKEN)).one_or_none()
     return None if row is None else FencingToken(row.journal, row.epoch)
 
 

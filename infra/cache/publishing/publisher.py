@@ -51,6 +51,9 @@ VERIFY_CONCURRENCY = 4
 REMEMBERED_AT_ONCE = 256
 #: Rows of one statement: rendering one holds the event loop for some 10 us.
 ROWS_AT_ONCE = 500
+#: Made once: to make and compile a statement costs more than to insert a row.
+_INSERT_PATHS = paths.insert().returning(paths.c.serial, sort_by_parameter_order=True)
+_INSERT_REFS = refs.insert()
 
 
 class Publisher:
@@ -222,14 +225,12 @@ class Publisher:
         now = self._catalog.now()
         for chunk in chunked(ordered, ROWS_AT_ONCE):
             rows = await apart(len(chunk), partial(_path_rows, chunk, sealed, now))
-            inserted = await connection.execute(
-                paths.insert().returning(paths.c.serial, sort_by_parameter_order=True), rows
-            )
+            inserted = await connection.execute(_INSERT_PATHS, rows)
             for claim, serial in zip(chunk, inserted.scalars(), strict=True):
                 serials[claim.base_name] = serial
         edges = await apart(len(ordered), lambda: _edges(ordered, serials))
         for part in chunked(edges, ROWS_AT_ONCE):
-            await connection.execute(refs.insert(), part)
+            await connection.execute(_INSERT_REFS, part)
 
     async def _record_conflict(self, connection: AsyncConnection, claim: NarInfo, row: Row) -> None:
         same = (conflicts.c.serial == row.serial) & (conflicts.c.nar_hash == claim.path.nar_hash)
