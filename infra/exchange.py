@@ -1,13 +1,15 @@
 """HTTP/1.1 requests and their whole answers, without a framework, whose import takes longer than most commands.
 
 `exchange` sends one request on a connection of its own. `Connections` keeps connections for the requests that follow.
+`streaming` sends a body as it is made and gives an answer as it comes, on a connection of its own.
 An answer is taken as soon as it comes, also before all of a body was sent: a refusal comes so.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self, TypeAlias
@@ -255,6 +257,141 @@ class _Connection:
         return bytes(body)
 
 
+class StreamedAnswer:
+    """An answer whose body is read as it comes."""
+
+    def __init__(
+        self, status: int, headers: Mapping[str, str], reader: asyncio.StreamReader, silence_s: float | None
+    ) -> None:
+        self.status = status
+        self.headers = headers
+        self._reader = reader
+        self._silence_s = silence_s
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """Yield the body's bytes as they come. Raises as `exchange`, `TimeoutError` after a silence."""
+        async with aclosing(_pieces(self._reader, self.status, self.headers)) as pieces:
+            while True:
+                with _answer_errors():
+                    async with asyncio.timeout(self._silence_s):
+                        piece = await anext(pieces, b"")
+                if not piece:
+                    return
+                yield piece
+
+
+@asynccontextmanager
+async def streaming(
+    method: str,
+    url: str,
+    *,
+    params: Mapping[str, str],
+    headers: Mapping[str, str],
+    body: AsyncIterator[bytes] | None,
+    connect_s: float,
+    silence_s: float | None,
+) -> AsyncIterator[StreamedAnswer]:
+    """Send one request, its body as it is made, and give its answer once that begins.
+
+    An answer may begin before the body has ended, which then is not sent on. Raises as `exchange`, `TimeoutError` after
+    `silence_s` without a byte of the answer, and what `body` raises, which must be none of these.
+    """
+    (tls, name, port), host, path, _ = _address(url)
+    target = quote(path, safe="/%:@!$&'()*+,;=~") + (f"?{urlencode(params)}" if params else "")
+    fields = {"Host": host, "Connection": "close", **headers}
+    async with asyncio.timeout(connect_s):
+        reader, writer = await asyncio.open_connection(name, port, ssl=tls or None, limit=MAX_HEAD_BYTES)
+    sending: asyncio.Task[None] | None = None
+    try:
+        if body is None:
+            writer.write(_head(method, target, fields, None))
+            sending = asyncio.create_task(writer.drain())
+        else:
+            writer.write(_head(method, target, {**fields, "Transfer-Encoding": "chunked"}, None))
+            sending = asyncio.create_task(_send_pieces(writer, body), name="body of a request")
+        with _answer_errors():
+            status, found = await _begun(reader, sending, silence_s)
+        yield StreamedAnswer(status, found, reader, silence_s)
+    finally:
+        if sending is not None:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+        writer.close()
+
+
+async def _begun(
+    reader: asyncio.StreamReader, sending: asyncio.Task[None], silence_s: float | None
+) -> tuple[int, dict[str, str]]:
+    """Return the head of the answer; raises at once what the body of the request raises."""
+    reading = asyncio.ensure_future(_answer_head(reader))
+    try:
+        async with asyncio.timeout(silence_s):
+            await asyncio.wait((reading, sending), return_when=asyncio.FIRST_COMPLETED)
+            # A connection that breaks under the body may have brought the reason before that.
+            if not reading.done() and not isinstance(sending.exception(), OSError):
+                sending.result()
+            return await reading
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+
+
+async def _answer_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
+    for _ in range(_MAX_INTERIM):
+        _version, status, headers = _parsed(await reader.readuntil(b"\r\n\r\n"))
+        if status >= 200:
+            return status, headers
+    raise ValueError("nothing but interim answers")
+
+
+async def _send_pieces(writer: asyncio.StreamWriter, body: AsyncIterator[bytes]) -> None:
+    async for piece in body:
+        if piece:
+            writer.writelines((b"%x\r\n" % len(piece), piece, b"\r\n"))
+            await writer.drain()
+    writer.write(b"0\r\n\r\n")
+    await writer.drain()
+
+
+async def _pieces(reader: asyncio.StreamReader, status: int, headers: Mapping[str, str]) -> AsyncGenerator[bytes, None]:
+    """Yield the bytes of a body, some at a time."""
+    if status in {204, 304}:
+        return
+    if headers.get("transfer-encoding", "").lower() == "chunked":
+        while size := int((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
+            async for piece in _exactly(reader, size):
+                yield piece
+            if await reader.readexactly(2) != b"\r\n":
+                raise ValueError("a chunk is longer than it says")
+    elif "content-length" in headers:
+        async for piece in _exactly(reader, int(headers["content-length"])):
+            yield piece
+    else:
+        while piece := await reader.read(MAX_HEAD_BYTES):
+            yield piece
+
+
+async def _exactly(reader: asyncio.StreamReader, size: int) -> AsyncIterator[bytes]:
+    if size < 0:
+        raise ValueError("a size is negative")
+    while size > 0:
+        piece = await reader.read(min(size, MAX_HEAD_BYTES))
+        if not piece:
+            raise EOFError
+        size -= len(piece)
+        yield piece
+
+
+@contextmanager
+def _answer_errors() -> Iterator[None]:
+    try:
+        yield
+    except (asyncio.IncompleteReadError, EOFError):
+        raise ConnectionResetError("the connection ended early") from None
+    except (asyncio.LimitOverrunError, ValueError) as error:
+        raise BadAnswerError("what answered is no HTTP server") from error
+
+
 def _address(url: str) -> tuple[_Server, str, str, str]:
     """Return server, `Host`, path and query. Raises `AddressError`."""
     try:
@@ -270,7 +407,7 @@ def _address(url: str) -> tuple[_Server, str, str, str]:
 
 def _head(method: str, target: str, headers: Mapping[str, str], body: bytes | memoryview | None) -> bytes:
     fields = dict(headers)
-    if body is not None or method in {"POST", "PUT"}:
+    if "Transfer-Encoding" not in fields and (body is not None or method in {"POST", "PUT"}):
         fields["Content-Length"] = str(len(body or b""))
     lines = [f"{method} {target} HTTP/1.1\r\n", *(f"{name}: {value}\r\n" for name, value in fields.items())]
     return "".join(lines).encode("latin-1") + b"\r\n"

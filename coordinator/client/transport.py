@@ -1,10 +1,10 @@
-"""Requests to a coordinator: one question by `exchange`, streams by aiohttp, which takes a while to import."""
+"""Requests to a coordinator, with its token: questions, which are sent again where that may help, and streams."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,11 +19,9 @@ from coordinator.client.errors import (
 )
 from coordinator.defaults import URL
 from coordinator.errors import CoordinatorError
-from infra.exchange import AddressError, Answer, BadAnswerError, exchange
+from infra.exchange import AddressError, Answer, BadAnswerError, StreamedAnswer, exchange, streaming
 
 if TYPE_CHECKING:
-    import aiohttp
-
     from infra.retry import RetryBudget
 
 #: Seconds for a connection, and for one JSON answer.
@@ -38,7 +36,7 @@ MAX_REFUSAL_BYTES = 64 * 1024
 
 
 class Transport:
-    """Sends requests with the token, and holds one session for streams; an asynchronous context manager.
+    """Sends requests with the token; an asynchronous context manager.
 
     Once a coordinator has answered, a question whose answer is lost is sent again for `RECONNECT_GIVE_UP_S` where the
     route says that this changes nothing: a coordinator that starts again, or another one that takes over, fails no
@@ -54,8 +52,6 @@ class Transport:
         self._answered = False
         #: Receives why a question is sent again, once for each outage.
         self.on_lost: Callable[[str], None] = lambda _why: None
-        #: Made for the first stream.
-        self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
         self._entered = True
@@ -65,8 +61,6 @@ class Transport:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._entered = False
-        if self._session is not None:
-            await self._session.close()
 
     async def ask(
         self,
@@ -150,68 +144,56 @@ class Transport:
         params: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         silence_s: float | None = None,
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    ) -> AsyncIterator[StreamedAnswer]:
         """Yield the answer to a request as it comes, after at most `silence_s` of silence; for streams both ways."""
-        import aiohttp  # noqa: PLC0415 - slow to import
-
         self._require_context()
-        if self._session is None:
-            self._session = aiohttp.ClientSession(headers=self._headers)
-        body = None if data is None else _Body(data)
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=silence_s)
-        try:
-            response = await self._session.request(
-                route.method,
-                self.url + route.address(**parts),
-                data=body,
-                params=params,
-                headers=headers,
-                timeout=timeout,
-                allow_redirects=False,
-            )
-        except aiohttp.InvalidURL:
-            raise self._no_address() from None
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            if body is not None and body.fault is not None:
-                raise body.fault from None
-            raise UnreachableError(self.url, reason_of(error)) from None
-        try:
-            if response.status >= 300:
-                raise refusal(response.status, await response.content.read(MAX_REFUSAL_BYTES), self.url)
+        async with AsyncExitStack() as stack:
+            try:
+                answer = await stack.enter_async_context(
+                    streaming(
+                        route.method,
+                        self.url + route.address(**parts),
+                        params=params or {},
+                        headers={**self._headers, **(headers or {})},
+                        body=None if data is None else _made(data),
+                        connect_s=CONNECT_S,
+                        silence_s=silence_s,
+                    )
+                )
+            except AddressError:
+                raise self._no_address() from None
+            except (BadAnswerError, TimeoutError, OSError) as error:
+                raise UnreachableError(self.url, reason_of(error)) from None
+            if answer.status >= 300:
+                raise refusal(answer.status, await self._beginning_of(answer), self.url)
             self._answered = True
-            yield response
-        finally:
-            response.release()
+            yield answer
 
-    async def chunks(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    async def chunks(self, answer: StreamedAnswer) -> AsyncIterator[bytes]:
         """Yield a streamed answer's bytes as they come."""
-        import aiohttp  # noqa: PLC0415 - slow to import
-
         try:
-            async for chunk in response.content.iter_any():
-                yield chunk
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            async for piece in answer.pieces():
+                yield piece
+        except (BadAnswerError, TimeoutError, OSError) as error:
             raise UnreachableError(self.url, reason_of(error)) from None
 
+    async def _beginning_of(self, answer: StreamedAnswer) -> bytes:
+        body = bytearray()
+        async for piece in self.chunks(answer):
+            body += piece
+            if len(body) >= MAX_REFUSAL_BYTES:
+                break
+        return bytes(body)
 
-class _Body:
-    """A body that keeps what went wrong while it was made: aiohttp reports that as a fault of the connection."""
 
-    def __init__(self, pieces: AsyncIterator[bytes]) -> None:
-        self._pieces = pieces
-        self.fault: CoordinatorError | None = None
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        try:
-            async for piece in self._pieces:
-                yield piece
-        except CoordinatorError as error:
-            self.fault = error
-            raise
-        except Exception as error:
-            # Raised on; aiohttp would hide that it came from here, whatever the caller's own source failed with.
-            self.fault = ClientError(
-                f"what was to be sent cannot be made on this machine: {str(error) or type(error).__name__}"
-            )
-            self.fault.__cause__ = error
-            raise
+async def _made(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Pass on what is sent; a fault while it is made is this machine's, and none of the connection."""
+    try:
+        async for piece in pieces:
+            yield piece
+    except CoordinatorError:
+        raise
+    except Exception as error:
+        raise ClientError(
+            f"what was to be sent cannot be made on this machine: {str(error) or type(error).__name__}"
+        ) from error
