@@ -119,6 +119,8 @@ def _of_farm_s(farm: Farm) -> float:
 @contextmanager
 def running(*slots: int) -> Iterator[Bench]:
     """A farm with a worker for each number of slots, each with a store of its own; stopped and removed after it."""
+    # Else the client compiles its own modules at each start, which a person's does once.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryDirectory(prefix="drover-bench-") as directory:
         root = Path(directory)
         farm = Farm(root, [WorkerSpec(f"bench-{number}", slots=each) for number, each in enumerate(slots)])
