@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.stores.derivations import DerivationsError, DerivationStore
-from infra.database import open_engine
-
 from coordinator.stores.derivations import SMALL_ORDERS_BYTES, DerivationsError, DerivationStore
+from infra.database import open_engine
 from scheduler.model import StepKey
 from tests.coordinator.test_intake import IntakeHarness, limits, room
 from tests.support.graphs import Maker
