@@ -27,15 +27,17 @@ def accepted(verified: VerifiedDerivation, data: bytes) -> NewDerivation:
     drv = verified.derivation
     system = ANY_SYSTEM if drv.builder.startswith("builtin:") else drv.system
     outputs = tuple(sorted(verified.outputs.items()))
+    first = outputs[0][1] if len(outputs) == 1 else min([path for _, path in outputs])
+    features = verified.options.required_system_features
     prefix = len(verified.drv_path.rpartition("/")[0]) + 1
     node = Node(
         drv=verified.drv_path[prefix:],
-        step=StepKey(min(path for _, path in outputs)[prefix:]),
+        step=StepKey(first[prefix:]),
         kind=kind,
         system=system,
-        features=tuple(sorted(set(verified.options.required_system_features))),
+        features=tuple(sorted(set(features))) if features else (),
         outputs=outputs,
-        needs=tuple(path[prefix:] for path, _ in drv.input_drvs),
+        needs=tuple([path[prefix:] for path, _ in drv.input_drvs]),
         sources=drv.input_srcs,
     )
     content = f"{drv.outputs[0].hash_algo}:{drv.outputs[0].hash}" if kind is Kind.FIXED else ""

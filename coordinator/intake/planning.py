@@ -162,11 +162,11 @@ def steps_to_do(
     """
     specs: dict[StepKey, StepSpec] = {}
     # Thousands of steps share each.
-    requirements: dict[tuple[str, tuple[str, ...], Kind], Requirements] = {}
+    requirements: dict[tuple[str, tuple[str, ...], bool], Requirements] = {}
 
     def recipe(step: StepKey, drv: str) -> Recipe:
         node = nodes.get(drv) or nodes[stand_in[step]]
-        wanted = (node.system, node.features, node.kind)
+        wanted = (node.system, node.features, node.kind is Kind.FIXED)
         found = requirements.get(wanted)
         if found is None:
             found = requirements[wanted] = _requirements(node)

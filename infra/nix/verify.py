@@ -186,14 +186,16 @@ class Verifier:
         entries: list[tuple[str, tuple[str, ...]]] = []
         paths = list(drv.input_srcs)
         deferred = False
+        known_of = self._known.get
         for input_path, names in drv.input_drvs:
-            known = self._known.get(input_path)
+            known = known_of(input_path)
             if known is None:
                 raise UnknownInputError(drv_path, f"its input {input_path} is not known")
             if not names:
                 raise NotCanonicalError(drv_path, f"it names no output of its input {input_path}")
+            outputs = known.outputs
             for name in names:
-                path = known.outputs.get(name)
+                path = outputs.get(name)
                 if path is None:
                     raise UnknownOutputError(drv_path, f"its input {input_path} has no output {name!r}")
                 if path:
