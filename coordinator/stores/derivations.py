@@ -378,10 +378,9 @@ class DerivationStore:
 
     async def steps(self, keys: Sequence[StepKey]) -> Mapping[StepKey, StepInfo]:
         """Return what people want to know of each step; absent are those never submitted. At most one query."""
-        if len(keys) <= ROWS_AT_ONCE:
-            remembered = {key: info for key in keys if (info := self._infos.get(key)) is not None}
-            if len(remembered) == len(set(keys)):
-                return remembered
+        if len(keys) <= ROWS_AT_ONCE and all(key in self._infos for key in keys):
+            # Of use once: for the publication.
+            return {key: self._infos.pop(key) for key in dict.fromkeys(keys)}
         wanted = self._wanted
         query = (
             select(tables.members.c.step, tables.derivations.c.drv, tables.derivations.c.detail)
