@@ -180,3 +180,13 @@ def test_nothing_moves_to_a_builder_that_is_hardly_faster(speed: float) -> None:
     farm.play(join("fast"))
     farm.at(100.0).play(report("slow", 1, lease("x")), report("fast", 1))
     assert holders(farm) == {"x": "slow"}
+
+
+@pytest.mark.parametrize(("taken_s", "holder"), [(1700.0, "fast"), (1850.0, "slow")])
+def test_a_build_as_expected_moves_where_that_ends_it_earlier_by_a_twentieth(taken_s: float, holder: str) -> None:
+    farm = Scene(Limits(lease_ttl_s=1e6))
+    farm.play(measured("linux", slow=1.0, fast=1.5), join("slow"))
+    farm.play(submit("s", ["x"], work(step("x"), 100)))
+    # 4,000 s there; here 4,300 or 4,150.
+    farm.at(taken_s).play(join("fast"), report("slow", 1, lease("x")))
+    assert holders(farm) == {"x": holder}
