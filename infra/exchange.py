@@ -164,8 +164,8 @@ class _Connection:
     """One connection, for one request at a time."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
+        self.reader = reader
+        self.writer = writer
         #: Whether the next request can be sent on it.
         self._may_stay = True
         #: Whether bytes of the present answer have come.
@@ -182,22 +182,19 @@ class _Connection:
     @property
     def is_alive(self) -> bool:
         """True as long as the server has not ended it, and the next answer is not to be told from this one's rest."""
-        return self._may_stay and not self._reader.at_eof() and not self._writer.is_closing()
+        return self._may_stay and not self.reader.at_eof() and not self.writer.is_closing()
 
     def close(self) -> None:
         """Close, without waiting."""
-        self._writer.close()
+        self.writer.close()
 
     async def ask(self, head: bytes, body: bytes | memoryview | None, on_progress: Callable[[], None]) -> Answer:
         """Send a request and return its answer. Raises `BadAnswerError`, `OSError`."""
         self.is_answering = False
         sending = asyncio.ensure_future(self._send(head, body, on_progress))
         try:
-            return await self._read(on_progress)
-        except (asyncio.IncompleteReadError, EOFError):
-            raise ConnectionResetError("the connection ended early") from None
-        except (asyncio.LimitOverrunError, ValueError) as error:
-            raise BadAnswerError("what answered is no HTTP server") from error
+            with _answer_errors():
+                return await self._read(on_progress)
         finally:
             # An answer that came before all was sent leaves the rest of the body in the way.
             self._may_stay = self._may_stay and sending.done()
@@ -209,52 +206,29 @@ class _Connection:
     async def _send(self, head: bytes, body: bytes | memoryview | None, on_progress: Callable[[], None]) -> None:
         view = memoryview(body or b"")
         if len(view) <= _SLICE_BYTES:
-            self._writer.write(head + view)
-            await self._writer.drain()
+            self.writer.write(head + view)
+            await self.writer.drain()
             return
-        self._writer.write(head)
+        self.writer.write(head)
         for at in range(0, len(view), _SLICE_BYTES):
-            self._writer.write(view[at : at + _SLICE_BYTES])
-            await self._writer.drain()
+            self.writer.write(view[at : at + _SLICE_BYTES])
+            await self.writer.drain()
             on_progress()
 
     async def _read(self, on_progress: Callable[[], None]) -> Answer:
-        for _ in range(_MAX_INTERIM):
-            version, status, headers = _parsed(await self._reader.readuntil(b"\r\n\r\n"))
+        def begun() -> None:
             self.is_answering = True
             on_progress()
-            if status >= 200:
-                if version == "HTTP/1.0" or headers.get("connection", "").lower() == "close":
-                    self._may_stay = False
-                return Answer(status, headers, await self._body(status, headers, on_progress))
-        raise ValueError("nothing but interim answers")
 
-    async def _body(self, status: int, headers: Mapping[str, str], on_progress: Callable[[], None]) -> bytes:
-        if status in {204, 304}:
-            return b""
+        version, status, headers = await _answer_head(self.reader, begun)
+        if version == "HTTP/1.0" or headers.get("connection", "").lower() == "close":
+            self._may_stay = False
         body = bytearray()
-        if headers.get("transfer-encoding", "").lower() == "chunked":
-            while size := int((await self._reader.readuntil(b"\r\n")).partition(b";")[0], 16):
-                _require_bounded(len(body) + size)
-                body += await self._reader.readexactly(size)
-                await self._reader.readexactly(2)
+        async with aclosing(_pieces(self.reader, status, headers, MAX_BODY_BYTES)) as pieces:
+            async for piece in pieces:
+                body += piece
                 on_progress()
-            while await self._reader.readuntil(b"\r\n") != b"\r\n":
-                pass
-            return bytes(body)
-        if "content-length" in headers:
-            length = int(headers["content-length"])
-            _require_bounded(length)
-            while len(body) < length:
-                body += await self._reader.readexactly(min(length - len(body), _SLICE_BYTES))
-                on_progress()
-            return bytes(body)
-        self._may_stay = False
-        while piece := await self._reader.read(MAX_HEAD_BYTES):
-            body += piece
-            _require_bounded(len(body))
-            on_progress()
-        return bytes(body)
+        return Answer(status, headers, bytes(body))
 
 
 class StreamedAnswer:
@@ -296,11 +270,11 @@ async def streaming(
     An answer may begin before the body has ended, which then is not sent on. Raises as `exchange`, `TimeoutError` after
     `silence_s` without a byte of the answer, and what `body` raises, which must be none of these.
     """
-    (tls, name, port), host, path, _ = _address(url)
+    server, host, path, _ = _address(url)
     target = quote(path, safe="/%:@!$&'()*+,;=~") + (f"?{urlencode(params)}" if params else "")
     fields = {"Host": host, "Connection": "close", **headers}
-    async with asyncio.timeout(connect_s):
-        reader, writer = await asyncio.open_connection(name, port, ssl=tls or None, limit=MAX_HEAD_BYTES)
+    connection = await _Connection.open(server, connect_s)
+    reader, writer = connection.reader, connection.writer
     sending: asyncio.Task[None] | None = None
     try:
         if body is None:
@@ -316,7 +290,7 @@ async def streaming(
         if sending is not None:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
-        writer.close()
+        connection.close()
 
 
 async def _begun(
@@ -330,17 +304,26 @@ async def _begun(
             # A connection that breaks under the body may have brought the reason before that.
             if not reading.done() and not isinstance(sending.exception(), OSError):
                 sending.result()
-            return await reading
+            _version, status, headers = await reading
+            return status, headers
     finally:
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
 
 
-async def _answer_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
+def _nothing() -> None:
+    pass
+
+
+async def _answer_head(
+    reader: asyncio.StreamReader, begun: Callable[[], None] = _nothing
+) -> tuple[str, int, dict[str, str]]:
+    """Return version, status and fields of an answer; `begun` is called for each head, those of interim answers too."""
     for _ in range(_MAX_INTERIM):
-        _version, status, headers = _parsed(await reader.readuntil(b"\r\n\r\n"))
+        version, status, headers = _parsed(await reader.readuntil(b"\r\n\r\n"))
+        begun()
         if status >= 200:
-            return status, headers
+            return version, status, headers
     raise ValueError("nothing but interim answers")
 
 
@@ -353,21 +336,33 @@ async def _send_pieces(writer: asyncio.StreamWriter, body: AsyncIterator[bytes])
     await writer.drain()
 
 
-async def _pieces(reader: asyncio.StreamReader, status: int, headers: Mapping[str, str]) -> AsyncGenerator[bytes, None]:
-    """Yield the bytes of a body, some at a time."""
+async def _pieces(
+    reader: asyncio.StreamReader, status: int, headers: Mapping[str, str], most_bytes: int | None = None
+) -> AsyncGenerator[bytes, None]:
+    """Yield the bytes of a body, some at a time; nothing of one that says that it has more than `most_bytes`."""
+    total = 0
     if status in {204, 304}:
         return
     if headers.get("transfer-encoding", "").lower() == "chunked":
         while size := int((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
+            total += size
+            _require_bounded(total, most_bytes)
             async for piece in _exactly(reader, size):
                 yield piece
             if await reader.readexactly(2) != b"\r\n":
                 raise ValueError("a chunk is longer than it says")
+        # Fields may follow, and an empty line does.
+        while await reader.readuntil(b"\r\n") != b"\r\n":
+            pass
     elif "content-length" in headers:
-        async for piece in _exactly(reader, int(headers["content-length"])):
+        total = int(headers["content-length"])
+        _require_bounded(total, most_bytes)
+        async for piece in _exactly(reader, total):
             yield piece
     else:
         while piece := await reader.read(MAX_HEAD_BYTES):
+            total += len(piece)
+            _require_bounded(total, most_bytes)
             yield piece
 
 
@@ -422,10 +417,6 @@ def _parsed(head: bytes) -> tuple[str, int, dict[str, str]]:
     return version, int(status), {name.strip().lower(): value.strip() for name, _, value in fields}
 
 
-def _require_bounded(size: int) -> None:
-    if not 0 <= size <= MAX_BODY_BYTES:
-        raise BadAnswerError(f"the answer has more than {MAX_BODY_BYTES} bytes")
-
-
-def _nothing() -> None:
-    pass
+def _require_bounded(size: int, most_bytes: int | None) -> None:
+    if most_bytes is not None and size > most_bytes:
+        raise BadAnswerError(f"the answer has more than {most_bytes} bytes")
