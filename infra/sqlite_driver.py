@@ -120,6 +120,8 @@ class _SqliteConnection(AsyncAdapt_aiosqlite_connection):
         driver = _trips(self._connection)
         if driver.unsure or driver.in_transaction:
             super().rollback()
+            # It ends after all that was sent before it.
+            driver.unsure = False
 
 
 class _SqliteModule(AsyncAdapt_aiosqlite_dbapi):
