@@ -71,7 +71,7 @@ async def built(bench: AgentHarness, tmp_path: Path) -> AsyncIterator[BuiltOutpu
     async with AsyncExitStack() as stack:
         sources = FarmSources(bench.farm, objects)
         stack.push_async_callback(sources.close)
-        session = DaemonSession(DaemonOpener(argv, STORE).open)
+        session = DaemonSession(DaemonOpener(argv, STORE))
         stack.push_async_callback(session.close)
         yield BuiltOutputs(tmp_path, SessionPool([session]), objects, sources)
 

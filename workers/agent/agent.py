@@ -79,7 +79,7 @@ class _Sessions:
 
     def add(self, opener: DaemonOpener, count: int) -> list[DaemonSession]:
         """Return new sessions, which connect when they are used."""
-        made = [DaemonSession(opener.open) for _ in range(count)]
+        made = [DaemonSession(opener) for _ in range(count)]
         for line in made:
             self._stack.push_async_callback(line.close)
         self._all += made
@@ -432,8 +432,7 @@ class Agent:
         except (CacheError, NixError) as error:
             raise AgentError(f"worker {self.name} cannot serve this farm: {error}") from error
         try:
-            if self._builders.deny(await asyncio.to_thread(addresses_of, urlsplit(farm.cache_url).hostname or "")):
-                await asyncio.gather(*(slot.hang_up() for slot in self._slots if not slot.busy))
+            self._builders.deny(await asyncio.to_thread(addresses_of, urlsplit(farm.cache_url).hostname or ""))
             self._check_open()
         except BaseException:
             # Nothing else closes them: the greeting is cancelled, or the worker is closed already.

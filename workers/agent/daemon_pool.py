@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -59,14 +59,16 @@ class DaemonOpener:
         self._turns = asyncio.Semaphore(MAX_OPENING)
         passed = {name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ}
         self._environment = passed | {"NIX_STORE_DIR": store_dir} | dict(environment or {})
+        #: Counts changes of what processes get: a connection of an earlier one is not used again.
+        self.edition = 0
 
-    def deny(self, addresses: Iterable[str]) -> bool:
-        """Keep builds of connections opened from now on from IPv4 addresses; whether that is news."""
+    def deny(self, addresses: Iterable[str]) -> None:
+        """Keep builds from IPv4 addresses; those that run on a connection of before go on."""
         network = self._confinement.network
         new = sorted(set(addresses) - set(network.deny)) if network is not None else []
         if network is not None and new:
             self._confinement = self._confinement._replace(network=network._replace(deny=(*network.deny, *new)))
-        return bool(new)
+            self.edition += 1
 
     async def open(self) -> DaemonConnection:
         """Open one more connection. Raises `DaemonUnreachableError` with one sentence."""
@@ -80,6 +82,8 @@ class DaemonOpener:
 @dataclass(slots=True)
 class _Open:
     connection: DaemonConnection
+    #: Of the opener, when it was opened.
+    edition: int
     #: The options in force on the connection; None before the first `set_options`.
     options: Options | None = None
     #: What the connection keeps from collection on request.
@@ -89,8 +93,8 @@ class _Open:
 class DaemonSession:
     """One long-lived connection; see the module's text. Must be closed."""
 
-    def __init__(self, open_connection: Callable[[], Awaitable[DaemonConnection]]) -> None:
-        self._open_connection = open_connection
+    def __init__(self, opener: DaemonOpener) -> None:
+        self._opener = opener
         self._turn = asyncio.Lock()
         self._open: _Open | None = None
         #: Connections that are ending; they are waited for by `close`.
@@ -113,8 +117,11 @@ class DaemonSession:
         """Hold the session. Raises `DaemonUnreachableError` where it must be reopened and cannot."""
         async with self._turn:
             self._retire_broken()
+            if self._open is not None and self._open.edition != self._opener.edition:
+                self._retire()
             if self._open is None:
-                self._open = _Open(await self._open_connection())
+                edition = self._opener.edition
+                self._open = _Open(await self._opener.open(), edition)
                 self.generation += 1
             try:
                 yield self._open.connection

@@ -285,7 +285,7 @@ class RayFleet(AgentRoster):
         ray = self._driver
         pause_s = RECREATE_FIRST_S
 
-        async def heard(event: FleetEvent) -> None:
+        async def receive(event: FleetEvent) -> None:
             if isinstance(event, WorkerConnected) or (
                 isinstance(event, WorkerSpoke) and (event.batch.leases or event.batch.events)
             ):
@@ -303,7 +303,7 @@ class RayFleet(AgentRoster):
                         f"creating the agent of {node.worker}", CREATE_DEADLINE_S, lambda: ray.agent(node.node_id)
                     )
                     node.agent = handle
-                    await self.serve(node.worker, ActorCalls(ray, handle, node.dead, self._epoch), heard)
+                    await self.serve(node.worker, ActorCalls(ray, handle, node.dead, self._epoch), receive)
                 except AgentUnavailable as error:
                     _log.warning("worker %s has no agent: %s", node.worker, error)
                 if time.monotonic() - began > RECREATE_LONGEST_S:
