@@ -15,10 +15,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.benchmarks.processes import processor_of_all_s
+from tests.benchmarks.processes import processor_by_program_s
 from tests.benchmarks.report import machine, progress, publish
 from tests.support.farm import Farm, WorkerSpec, processes_naming
 
@@ -43,6 +43,8 @@ class Took:
 
     wall_s: float
     processor_s: float
+    #: Of the farm's side, by program.
+    by_program_s: dict[str, float] = field(default_factory=dict)
 
     def __add__(self, other: Took) -> Took:
         """Return both, one after the other."""
@@ -70,13 +72,15 @@ class Bench:
         Raises:
             SystemExit: they did not.
         """
-        used = _of_farm_s(self.farm)
+        before = _of_farm_s(self.farm)
         took, done = _timed(self.farm.build_command(file, "-A", ROOT, "--json"), self.farm.environment)
-        farm_s = _of_farm_s(self.farm) - used
+        after = _of_farm_s(self.farm)
+        used = {program: round(after[program] - before.get(program, 0.0), 2) for program in after}
         counts = json.loads(done.splitlines()[-1])["counts"]
         if counts[state] != count:
             raise SystemExit(f"the farm has {counts} and not {count} {state}; its log is {self.farm.log_path}")
-        return Took(took.wall_s, took.processor_s + farm_s)
+        used["client"] = round(took.processor_s, 2)
+        return Took(took.wall_s, sum(used.values()), used)
 
     def nix_build(self, file: Path, store: Path, jobs: int = 2) -> tuple[Took, list[str]]:
         """Build a file by `nix-build` into a store; return the outputs of its root too."""
@@ -112,8 +116,8 @@ def _timed(words: Sequence[str | Path], environment: dict[str, str]) -> tuple[To
     return took, done.stdout
 
 
-def _of_farm_s(farm: Farm) -> float:
-    return processor_of_all_s(processes_naming(str(farm.root)))
+def _of_farm_s(farm: Farm) -> dict[str, float]:
+    return processor_by_program_s(processes_naming(str(farm.root)))
 
 
 @contextmanager
@@ -153,7 +157,7 @@ def in_turn(
                 theirs.append(peer(run))
         progress(
             f"{name}, run {run + 1}: farm {mine[-1].wall_s:.2f} s ({mine[-1].processor_s:.2f} s of processor), "
-            f"{peer_is} {theirs[-1].wall_s:.2f} s ({theirs[-1].processor_s:.2f} s)"
+            f"{peer_is} {theirs[-1].wall_s:.2f} s ({theirs[-1].processor_s:.2f} s); farm: {mine[-1].by_program_s}"
         )
     publish(
         name,
@@ -165,6 +169,7 @@ def in_turn(
         peer_is=peer_is,
         target=target,
         steps=steps,
+        by_program_s=[took.by_program_s for took in mine],
         processor_s=[[round(a.processor_s, 2), round(b.processor_s, 2)] for a, b in zip(mine, theirs, strict=True)],
         machine=machine(),
     )

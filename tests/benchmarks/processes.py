@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 _TICKS_A_SECOND = 100
+#: Words of a command line -> the part of the farm that it is; the first that are there count. Others are "other".
+_PROGRAMS: Final = (
+    ("drover up", "coordinator"),
+    ("ray::AgentHost", "agent"),
+    ("nix-daemon", "nix"),
+    ("infra/daemon/owner.py", "nix"),
+    ("workers.ray_transport", "ray"),
+    ("/ray/", "ray"),
+    ("ray::", "ray"),
+)
 
 
 def memory_mb(pid: int, name: str = "VmRSS") -> float:
@@ -25,6 +35,21 @@ def processor_s(pid: int) -> float:
 def processor_of_all_s(pids: Iterable[int]) -> float:
     """Return the processor time of processes and of the children that they have waited for."""
     return sum(_account(pid, 4) for pid in pids)
+
+
+def processor_by_program_s(commands: Mapping[int, str]) -> dict[str, float]:
+    """Return the processor time of a farm's parts, of processes by their command lines.
+
+    Children that ended are their parent's, but for those of an agent, which are Nix and its sandboxes.
+    """
+    found: dict[str, float] = {}
+    for pid, command in commands.items():
+        program = next((name for word, name in _PROGRAMS if word in command.partition(" --")[0]), "other")
+        own, both = processor_s(pid), processor_of_all_s((pid,))
+        ended = "nix" if program == "agent" else program
+        found[program] = found.get(program, 0.0) + own
+        found[ended] = found.get(ended, 0.0) + both - own
+    return found
 
 
 def children_processor_s(pid: int) -> float:

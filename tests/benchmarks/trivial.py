@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000, help="derivations in each run (default: %(default)s)")
     options = parser.parse_args()
     ours: list[float] = []
+    by_program_s: list[dict[str, float]] = []
     peers: dict[str, list[float]] = {row: [] for row in ROWS}
     with running(2) as bench:
         warm = bench.write("warm", EXPRESSION.format(salt="warm", count=20))
@@ -40,10 +41,12 @@ def main() -> None:
             store = bench.root / f"nix-{run}"
             peers["trivial"].append(options.count / bench.nix_build(file, store)[0].wall_s)
             remove(store)
-            ours.append(options.count / bench.farm_build(file, options.count).wall_s)
+            took = bench.farm_build(file, options.count)
+            ours.append(options.count / took.wall_s)
+            by_program_s.append(took.by_program_s)
             peers["trivial-beside-daemons"].append(options.count / build_bare(file, bench.root / f"bare-{run}"))
             figures = ", ".join(f"{ROWS[row][0]} {rates[-1]:.1f}/s" for row, rates in peers.items())
-            progress(f"run {run + 1}: farm {ours[-1]:.1f}/s, {figures}")
+            progress(f"run {run + 1}: farm {ours[-1]:.1f}/s {took.by_program_s}, {figures}")
     for row, (peer_is, target) in ROWS.items():
         publish(
             row,
@@ -54,6 +57,7 @@ def main() -> None:
             as_json=options.json,
             peer_is=peer_is,
             target=target,
+            by_program_s=by_program_s,
             machine=machine(),
         )
 
