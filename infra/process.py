@@ -116,7 +116,7 @@ class ChildProcess:
                 start_new_session=True,
             )
             try:
-                process, cancelled = await _to_its_end(starting)
+                process, cancelled = await to_its_end(starting)
             except (OSError, ValueError) as error:
                 raise ProcessNotFound(f"{argv[0]} cannot be started: {error}") from error
             undo.pop_all()
@@ -160,7 +160,7 @@ class ChildProcess:
         """
         self.signal(signal.SIGKILL)
         self.close_pipes()
-        _, cancelled = await _to_its_end(self._process.wait())
+        _, cancelled = await to_its_end(self._process.wait())
         if cancelled is not None:
             raise cancelled
 
@@ -179,8 +179,8 @@ class _ReadEnd:
     transport: asyncio.ReadTransport
 
 
-async def _to_its_end(work: Coroutine[Any, Any, _T]) -> tuple[_T, asyncio.CancelledError | None]:
-    """Wait for work that must not be left in the middle; returns its result, and the last cancellation meanwhile.
+async def to_its_end(work: Coroutine[Any, Any, _T]) -> tuple[_T, asyncio.CancelledError | None]:
+    """Wait for work that must not be left in the middle; return its result, and the last cancellation meanwhile.
 
     Raises what the work raises, or the cancellation where there was one.
     """

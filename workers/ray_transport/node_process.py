@@ -31,6 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from infra.process import to_its_end
 from infra.process_tree import Process, identity, is_alive, process_tree, signal_all, still_alive
 from workers.ray_transport.access import LOOPBACK, RayNodeError, check_token_file, is_loopback
 from workers.ray_transport.node_leader import DIRECTORY_VARIABLE, ENDED_FILE, PARENT_VARIABLE
@@ -157,7 +158,9 @@ class RayNode(ABC):
                 await self._start(self._dir)
                 await self._wait_ready(self._dir)
             except BaseException as error:
-                await self.stop()
+                _, cancelled = await to_its_end(self.stop())
+                if cancelled is not None:
+                    raise cancelled from None
                 if isinstance(error, RayNodeError) and RAY_TOO_SLOW in str(error) and tries:
                     _log.warning("%s did not start within Ray's own 30 s; once more", self._description)
                     continue
@@ -215,7 +218,7 @@ class RayNode(ABC):
         base = dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
         env = self.env(base) | {PARENT_VARIABLE: str(os.getpid()), DIRECTORY_VARIABLE: str(directory)}
         with (directory / "start.log").open("wb") as output:
-            self._child = await asyncio.create_subprocess_exec(
+            starting = asyncio.create_subprocess_exec(
                 *self.argv(directory),
                 env=env,
                 # Python puts the working directory first on the path of everything Ray starts: let it be ours.
@@ -225,7 +228,11 @@ class RayNode(ABC):
                 stderr=output,
                 start_new_session=True,
             )
-        self._leader = identity(self._child.pid)
+            child, cancelled = await to_its_end(starting)
+        self._child = child
+        self._leader = identity(child.pid)
+        if cancelled is not None:
+            raise cancelled
         outlive_s = self._keep.outlive_s if self._keep else 0.0
         NodeRecord(own_identity(), self._leader, outlive_s, self._fingerprint()).write(directory)
         if self._keep is not None:
