@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from itertools import combinations
 
 import pytest
 
 from tests.benchmarks.check import FALSE_ALARM, RUNS, Verdict, judge, judge_all, rows_of
 from tests.benchmarks.report import publish
+from tests.support.patience import PATIENCE_S
 
 
 @pytest.mark.parametrize(
@@ -45,3 +49,16 @@ def test_rows_are_read_as_they_are_printed_and_targets_are_left_out(capsys: pyte
         ("c", Verdict.GONE),
         ("d", Verdict.NEW),
     ]
+
+
+def test_a_benchmark_that_is_asked_to_end_stops_what_it_started() -> None:
+    program = (
+        "import signal; from tests.benchmarks.report import arguments\n"
+        "arguments('', 1)\n"
+        "try:\n    signal.raise_signal(signal.SIGTERM)\n"
+        "finally:\n    print('stopped')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "stopped\n")
