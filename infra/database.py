@@ -140,11 +140,12 @@ async def patiently(call: Callable[[], Awaitable[_Result]], subject: str) -> _Re
 
 def names_table(engine: AsyncEngine | AsyncConnection) -> Subquery:
     """Return a table of one column `value`: the names in the JSON array that the parameter `names` will be."""
-    return _names_table(engine.dialect.name)
+    return names_table_of(engine.dialect.name)
 
 
 @cache
-def _names_table(dialect: str) -> Subquery:
+def names_table_of(dialect: str) -> Subquery:
+    """Return the table of `names_table` for a kind of database, by the name of SQLAlchemy's dialect."""
     names: BindParameter[str] = bindparam("names", type_=Text)
     if dialect == "postgresql":
         rows = func.jsonb_array_elements_text(cast(names, JSONB)).table_valued("value")

@@ -24,6 +24,8 @@ from sqlalchemy.dialects.sqlite.aiosqlite import (
     AsyncAdapt_aiosqlite_cursor,
     AsyncAdapt_aiosqlite_dbapi,
 )
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.util.concurrency import await_only
 
 _T = TypeVar("_T")
@@ -142,6 +144,28 @@ async def _opened(driver: _Trips) -> Any:
 def _trips(connection: Any) -> _Trips:
     found: _Trips = connection
     return found
+
+
+async def in_one_trip(connection: AsyncConnection, work: Callable[[sqlite3.Connection], _T]) -> _T:
+    """Do work with SQLite's own connection in its thread, in one trip; a transaction that it leaves is rolled back.
+
+    Raises:
+        DBAPIError: SQLite failed, as for statements of SQLAlchemy.
+    """
+
+    def whole(sqlite: sqlite3.Connection) -> _T:
+        try:
+            return work(sqlite)
+        finally:
+            if sqlite.in_transaction:
+                sqlite.rollback()
+
+    pooled: Any = connection.sync_connection
+    try:
+        return await _trips(pooled.connection.driver_connection).trip(whole)
+    except sqlite3.Error as error:
+        # As SQLAlchemy does for its own calls. The parameters are no part of what people read.
+        raise DBAPIError.instance("", None, error, sqlite3.Error) from error
 
 
 def sqlite_driver() -> _SqliteModule:

@@ -257,11 +257,13 @@ class Journal:
             # After a loss it is not known whether the last attempt was committed.
             if failed and frames and await self._is_stored(self._seq + len(frames)):
                 return
+            if len(frames) == 1 and not notes and not forgotten and self._engine.dialect.name == "sqlite":
+                if not await store_single_frame(self._engine, frames[0], self._epoch):
+                    async with self._engine.connect() as connection:
+                        raise self._replaced(await _epoch_in(connection))
+                return
             async with self._engine.begin() as connection:
-                if len(frames) == 1 and not notes and not forgotten and connection.dialect.name == "sqlite":
-                    await self._store_single(connection, frames[0])
-                else:
-                    await self._store_in(connection, frames, notes, new, forgotten)
+                await self._store_in(connection, frames, notes, new, forgotten)
 
         def trouble_of(error: Exception) -> str:
             nonlocal failed
@@ -276,10 +278,6 @@ class Journal:
             await retrying(store, self._patience_s, self._outage, trouble_of)
         except (SQLAlchemyError, OSError) as error:
             raise await self._unstorable(error) from None
-
-    async def _store_single(self, connection: AsyncConnection, frame: Mapping[str, Any]) -> None:
-        if not await store_single_frame(connection, frame, self._epoch):
-            raise self._replaced(await _epoch_in(connection))
 
     async def _store_in(
         self,

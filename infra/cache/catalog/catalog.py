@@ -17,7 +17,6 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -26,7 +25,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.cache.catalog.database import Database, chunked, conflicts, paths, reading, refs
 from infra.cache.errors import ClosureTooLargeError
-from infra.database import names_parameter, names_table
+from infra.database import names_parameter, names_table_of
+from infra.database_work import INLINE_ITEMS, Apart, Ask, Prepared, Work
 from infra.nix.narinfo import rendered_references
 from infra.nix.store_path import HASH_PART_LENGTH, StoreDir, base_name_of, hash_part_of
 from infra.objects.store import LocalObjectStore, ObjectStore
@@ -41,7 +41,7 @@ MAX_CLOSURE = 100_000
 #: Paths whose use is remembered until it is written down.
 USED_IN_MEMORY = 50_000
 #: Paths that are looked at without leaving the event loop; about 2 us each, and some more for a file.
-LOOK_INLINE = 64
+LOOK_INLINE = INLINE_ITEMS
 #: Rows that are read together where a question reaches many: some milliseconds of the event loop.
 ROWS_AT_ONCE = 1_000
 #: Paths whose references are read together: some thousands, which hold the event loop for milliseconds.
@@ -90,10 +90,13 @@ def row_columns() -> tuple[sa.Column[Any], ...]:
     return _ROW_COLUMNS
 
 
-@cache
-def _rows_question(wanted: sa.Subquery) -> sa.Select[Any]:
-    """Return the question for rows by hash part; made once for each kind of database, as it costs more than to ask."""
+def _rows_question(dialect: str) -> sa.Select[Any]:
+    wanted = names_table_of(dialect)
     return sa.select(*_ROW_COLUMNS).join(wanted, wanted.c.value == paths.c.hash_part)
+
+
+#: Rows by hash part.
+_ROWS = Prepared(_rows_question)
 
 
 class Catalog:
@@ -301,14 +304,21 @@ class Catalog:
         found: dict[str, Row] = {}
         if not hash_parts:
             return found
-        question = _rows_question(names_table(connection))
-        answer = await connection.execute(question, {"names": names_parameter(hash_parts)})
+        answer = await connection.execute(_ROWS.clause(connection.dialect.name), {"names": names_parameter(hash_parts)})
         for some in answer.partitions(ROWS_AT_ONCE):
             for values in some:
                 row = Row(*values)
                 found[row.hash_part] = row
             await asyncio.sleep(0)
         return found
+
+    def finding_rows(self, hash_parts: Collection[str]) -> Work[dict[str, Row]]:
+        """Do the work of `rows`."""
+        if not hash_parts:
+            return {}
+        found = yield Ask(_ROWS, {"names": names_parameter(hash_parts)})
+        rows: list[Row] = yield Apart(len(found), lambda: [Row(*values) for values in found])
+        return {row.hash_part: row for row in rows}
 
     async def numbered(self, connection: AsyncConnection, serials: Sequence[int]) -> list[Row]:
         """Return the rows with these serials that there are, tombstoned or not, by serial."""

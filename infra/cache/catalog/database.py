@@ -29,7 +29,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -46,8 +47,9 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from infra.cache.catalog.migrate import migrate, refuse_newer
 from infra.cache.errors import CacheFencedError, MetadataBusyError, MetadataError
 from infra.database import IDLE_IN_TRANSACTION_MS, PATIENCE_S, POSTGRES_CONNECT, may_pass, reason
+from infra.database_work import Ask, Prepared, Work, awaited, in_thread
 from infra.retry import Outage, retrying
-from infra.sqlite_driver import sqlite_driver
+from infra.sqlite_driver import in_one_trip, sqlite_driver
 
 _T = TypeVar("_T")
 
@@ -187,6 +189,8 @@ fencing = sa.Table(
 )
 #: What every writer asks first.
 _TOKEN = sa.select(fencing)
+_PREPARED_TOKEN = Prepared(lambda _: _TOKEN)
+_FENCED = "another coordinator has taken over the cache; nothing was written"
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,8 +302,50 @@ async def writing(database: Database) -> AsyncIterator[AsyncConnection]:
     """
     async with _transaction(database) as connection:
         if database.fence is not None and await _current_token(connection) != database.fence:
-            raise CacheFencedError("another coordinator has taken over the cache; nothing was written")
+            raise CacheFencedError(_FENCED)
         yield connection
+
+
+async def read_by(database: Database, work: Callable[[], Work[_T]], *, small: bool) -> _T:
+    """Return what work that only reads gives; where it is `small`, in one trip to SQLite's thread."""
+    async with reading(database) as connection:
+        if small and connection.dialect.name == "sqlite":
+            return await in_one_trip(connection, lambda sqlite: in_thread(sqlite, work()))
+        return await awaited(connection, work())
+
+
+async def write_by(database: Database, work: Callable[[], Work[_T]], *, small: bool) -> _T:
+    """Return what work gives in a transaction as that of `writing`; where it is `small`, in one trip.
+
+    A caller that is cancelled meanwhile does not know whether it took place. Raises as `writing`.
+    """
+    if not small or database.engine.dialect.name != "sqlite":
+        async with writing(database) as connection:
+            return await awaited(connection, work())
+    begun = False
+
+    def transaction(sqlite: sqlite3.Connection) -> _T:
+        nonlocal begun
+        sqlite.execute("BEGIN IMMEDIATE")
+        begun = True
+        result = in_thread(sqlite, _fenced(database.fence, work()))
+        sqlite.commit()
+        return result
+
+    async def attempt() -> _T:
+        async with database.engine.connect() as connection:
+            return await in_one_trip(connection, transaction)
+
+    with database_errors():
+        async with database.turn:
+            # What breaks later is not repeated, as in `writing`.
+            return await _patiently(database, attempt, lambda: not begun)
+
+
+def _fenced(fence: FencingToken | None, work: Work[_T]) -> Work[_T]:
+    if fence is not None and (yield Ask(_PREPARED_TOKEN)) != [(fence.journal, fence.epoch)]:
+        raise CacheFencedError(_FENCED)
+    return (yield from work)
 
 
 @asynccontextmanager
@@ -320,14 +366,21 @@ async def _enter(
 ) -> AsyncConnection:
     """Connect, waiting for a server that is away. What breaks later is not repeated: the caller knows what it did."""
 
-    def trouble_of(error: Exception) -> str:
-        passes = isinstance(error, SQLAlchemyError) and may_pass(error) and not isinstance(error, PoolTimeoutError)
-        return f"a cache's database is away ({reason(error)})" if passes and database.patience_s else ""
-
     async def connect() -> AsyncConnection:
         return await stack.enter_async_context(connecting())
 
-    return await retrying(connect, database.patience_s, database.outage, trouble_of)
+    return await _patiently(database, connect, lambda: True)
+
+
+async def _patiently(database: Database, call: Callable[[], Awaitable[_T]], repeatable: Callable[[], bool]) -> _T:
+    """Return what a call gives, waiting for a server that is away as long as the call may be repeated."""
+
+    def trouble_of(error: Exception) -> str:
+        passes = isinstance(error, SQLAlchemyError) and may_pass(error) and not isinstance(error, PoolTimeoutError)
+        wait = passes and database.patience_s and repeatable()
+        return f"a cache's database is away ({reason(error)})" if wait else ""
+
+    return await retrying(call, database.patience_s, database.outage, trouble_of)
 
 
 async def _current_token(connection: AsyncConnection) -> FencingToken | None:

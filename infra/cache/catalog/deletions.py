@@ -11,14 +11,14 @@ between the two, nor in which process, as long as a publication takes less than 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.cache.catalog.database import chunked, conflicts, deletions, paths
-from infra.database import names_parameter, names_table
+from infra.database import names_parameter, names_table_of
+from infra.database_work import Ask, Prepared, Work
 
 #: How long a deletion that is done is remembered.
 FORGOTTEN_AFTER_S = 86_400.0
@@ -26,17 +26,20 @@ FORGOTTEN_AFTER_S = 86_400.0
 PUBLISH_WITHIN_S = 43_200.0
 
 
-async def deleted(connection: AsyncConnection, urls: Collection[str]) -> dict[str, int | None]:
+def deleted(urls: Collection[str]) -> Work[dict[str, int | None]]:
     """Return, for objects with an entry, which deletion of the key it was; None while it is not done."""
-    question = _deleted_question(names_table(connection))
-    rows = await connection.execute(question, {"names": names_parameter(sorted(urls))}) if urls else ()
-    return {row.url: None if row.done_at is None else row.serial for row in rows}
+    rows = (yield Ask(_ENTRIES, {"names": names_parameter(sorted(urls))})) if urls else ()
+    return {url: None if done_at is None else serial for serial, url, done_at in rows}
 
 
-@cache
-def _deleted_question(wanted: sa.Subquery) -> sa.Select[Any]:
-    """Return the question for entries by key; made once for each kind of database, as it costs more than to ask."""
-    return sa.select(deletions).join(wanted, wanted.c.value == deletions.c.url)
+def _entries(dialect: str) -> sa.Select[Any]:
+    wanted = names_table_of(dialect)
+    columns = (deletions.c.serial, deletions.c.url, deletions.c.done_at)
+    return sa.select(*columns).join(wanted, wanted.c.value == deletions.c.url)
+
+
+#: Entries by key.
+_ENTRIES = Prepared(_entries)
 
 
 def maybe_deleted(before: Mapping[str, int | None], now: Mapping[str, int | None]) -> set[str]:

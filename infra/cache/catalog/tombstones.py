@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.cache.catalog.database import chunked, paths, refs
+from infra.database_work import Ask, Work, awaited
 
 
 async def revive(connection: AsyncConnection, serials: Sequence[int]) -> set[int]:
@@ -21,6 +22,11 @@ async def revive(connection: AsyncConnection, serials: Sequence[int]) -> set[int
     To be called inside a writing transaction, by everything that names a path. Only tombstoned paths are walked
     through: others have no tombstoned references.
     """
+    return await awaited(connection, reviving(serials))
+
+
+def reviving(serials: Sequence[int]) -> Work[set[int]]:
+    """Do the work of `revive`."""
     revived: set[int] = set()
     dead = paths.c.tombstoned_at.is_not(None)
     for chunk in chunked(serials):
@@ -31,8 +37,8 @@ async def revive(connection: AsyncConnection, serials: Sequence[int]) -> set[int
             .join(reach, refs.c.referrer == reach.c.serial)
             .where(dead)
         )
-        found = (await connection.execute(sa.select(reach.c.serial))).scalars().all()
+        found = [serial for (serial,) in (yield Ask(sa.select(reach.c.serial)))]
         for part in chunked(found):
-            await connection.execute(paths.update().where(paths.c.serial.in_(part)).values(tombstoned_at=None))
+            yield Ask(paths.update().where(paths.c.serial.in_(part)).values(tombstoned_at=None))
         revived.update(found)
     return revived

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from infra.cache.catalog.catalog import Catalog, Row, apart
-from infra.cache.catalog.database import chunked, conflicts, paths, reading, refs, writing
+from infra.cache.catalog.database import chunked, conflicts, paths, read_by, refs, write_by
 from infra.cache.catalog.deletions import PUBLISH_WITHIN_S, deleted, maybe_deleted
-from infra.cache.catalog.tombstones import revive
+from infra.cache.catalog.tombstones import reviving
 from infra.cache.publishing.claims import (
     AlreadyPublished,
     Conflict,
@@ -35,6 +33,7 @@ from infra.cache.publishing.claims import (
     rejected_for_references,
 )
 from infra.cache.publishing.signer import Signer
+from infra.database_work import Apart, Ask, Prepared, Work
 from infra.nix import narinfo as narinfo_format
 from infra.nix.narinfo import NarInfo
 from infra.nix.store_path import hash_part_of
@@ -49,11 +48,28 @@ VERIFY_CONCURRENCY = 4
 #: Published paths of one call that are remembered in place of others, because who waits for them asks next; more are an
 #: import, and are remembered as far as there is room.
 REMEMBERED_AT_ONCE = 256
+#: Claims that are decided on in one trip to SQLite's thread, some 50 us each, for which the loop has to share.
+ONE_TRIP_CLAIMS = 256
 #: Rows of one statement: rendering one holds the event loop for some 10 us.
 ROWS_AT_ONCE = 500
-#: Made once: to make and compile a statement costs more than to insert a row.
-_INSERT_PATHS = paths.insert().returning(paths.c.serial, sort_by_parameter_order=True)
-_INSERT_REFS = refs.insert()
+_PATH_COLUMNS = tuple(
+    [column.name for column in paths.c if column.name not in {"serial", "last_used_at", "tombstoned_at"}]
+)
+_INSERT_PATHS = Prepared(
+    lambda _: paths.insert().returning(paths.c.serial, sort_by_parameter_order=True), keys=_PATH_COLUMNS
+)
+_INSERT_REFS = Prepared(lambda _: refs.insert(), keys=("referrer", "reference"))
+
+
+@dataclass(slots=True)
+class _Decision:
+    """Outcomes of a publishing transaction."""
+
+    outcomes: dict[str, PublishOutcome] = field(default_factory=dict)
+    #: Those that are new.
+    rows: list[Row] = field(default_factory=list)
+    #: Hash parts and URLs of what was pointed at another object.
+    repaired: list[tuple[str, str]] = field(default_factory=list)
 
 
 class Publisher:
@@ -95,9 +111,9 @@ class Publisher:
         if not sound:
             return outcomes
         began, forgotten = self._catalog.now(), self._catalog.forgotten
-        async with reading(self._catalog.database) as connection:
-            known = await self._catalog.rows(connection, [claim.hash_part for claim in sound])
-            before = await deleted(connection, {claim.stored.url for claim in sound})
+        small = len(sound) <= ONE_TRIP_CLAIMS
+        database = self._catalog.database
+        known, before = await read_by(database, lambda: self._known(sound), small=small)
         unproven = await apart(
             len(sound),
             lambda: [claim for claim in sound if not self._is_repeat(claim, known.get(claim.hash_part))],
@@ -110,17 +126,16 @@ class Publisher:
                 sealed[claim.store_path] = result
         verified()
         proven = [claim for claim in sound if claim.store_path not in outcomes]
-        async with writing(self._catalog.database) as connection:
-            gone = maybe_deleted(before, await deleted(connection, {claim.stored.url for claim in proven}))
-            too_late = self._catalog.now() - began > PUBLISH_WITHIN_S
-            for claim in proven:
-                if claim.store_path in sealed and (too_late or claim.stored.url in gone):
-                    outcomes[claim.store_path] = _collected(claim)
-            proven = [claim for claim in proven if claim.store_path not in outcomes]
-            recorded, rows = await self._record(connection, proven, sealed)
-        outcomes |= recorded
-        self._catalog.remember(rows, forgotten, displacing=len(rows) <= REMEMBERED_AT_ONCE)
-        return outcomes
+        decision = await write_by(database, lambda: self._decide(proven, sealed, before, began), small=small)
+        if decision.repaired:
+            self._catalog.forget(decision.repaired)
+        self._catalog.remember(decision.rows, forgotten, displacing=len(decision.rows) <= REMEMBERED_AT_ONCE)
+        return outcomes | decision.outcomes
+
+    def _known(self, claims: Sequence[NarInfo]) -> Work[tuple[dict[str, Row], dict[str, int | None]]]:
+        """Return the rows of claims by hash part, and the deletions of their objects."""
+        rows = yield from self._catalog.finding_rows([claim.hash_part for claim in claims])
+        return rows, (yield from deleted({claim.stored.url for claim in claims}))
 
     def _is_repeat(self, claim: NarInfo, row: Row | None) -> bool:
         return (
@@ -172,23 +187,29 @@ class Publisher:
         path = replace(claim.path, references=tuple(sorted(set(claim.path.references))))
         return NarInfo(path, claim.stored).signed(self._signer.sign(path.fingerprint())).render()
 
-    async def _record(
-        self, connection: AsyncConnection, proven: Sequence[NarInfo], sealed: Mapping[str, bytes]
-    ) -> tuple[dict[str, PublishOutcome], list[Row]]:
-        """Decide on proven claims by what is published now, and write it down; inside the publishing transaction.
+    def _decide(
+        self, proven: Sequence[NarInfo], sealed: Mapping[str, bytes], before: Mapping[str, int | None], began: float
+    ) -> Work[_Decision]:
+        """Decide on proven claims by what is published now, and write it down; inside the publishing transaction."""
+        decision = _Decision()
+        gone = maybe_deleted(before, (yield from deleted({claim.stored.url for claim in proven})))
+        too_late = self._catalog.now() - began > PUBLISH_WITHIN_S
+        for claim in proven:
+            if claim.store_path in sealed and (too_late or claim.stored.url in gone):
+                decision.outcomes[claim.store_path] = _collected(claim)
+        left = [claim for claim in proven if claim.store_path not in decision.outcomes]
+        yield from self._record(left, sealed, decision)
+        return decision
 
-        Returns the rows that are new too.
-        """
-        outcomes: dict[str, PublishOutcome] = {}
+    def _record(self, proven: Sequence[NarInfo], sealed: Mapping[str, bytes], decision: _Decision) -> Work[None]:
+        outcomes = decision.outcomes
         named = {claim.hash_part for claim in proven}
         references = {hash_part_of(reference) for claim in proven for reference in claim.path.references}
-        rows = await self._catalog.rows(connection, list(named | references))
-        revived = await revive(connection, [rows[part].serial for part in named if part in rows])
-        present = {
-            row.base_name: row.serial
-            for row in await self._catalog.intact(rows.values())
-            if row.tombstoned_at is None or row.serial in revived
-        }
+        rows = yield from self._catalog.finding_rows(named | references)
+        dead = [row.serial for part in named if (row := rows.get(part)) is not None and row.tombstoned_at is not None]
+        revived = yield from reviving(dead)
+        intact: list[Row] = yield Apart(len(rows), lambda: list(filter(self._catalog.is_intact, rows.values())))
+        present = {row.base_name: row.serial for row in intact if row.tombstoned_at is None or row.serial in revived}
         new = []
         for claim in proven:
             row = rows.get(claim.hash_part)
@@ -198,57 +219,49 @@ class Publisher:
             outcome = _against(claim, row)
             if isinstance(outcome, AlreadyPublished) and claim.base_name not in present:
                 if claim.store_path in sealed:
-                    await _point(self._catalog, connection, claim, row)
+                    yield _pointing(self._catalog, claim, row)
+                    decision.repaired.append((row.hash_part, row.url))
                     present[claim.base_name] = row.serial
                 else:
                     outcome = _vanished(claim)
             elif isinstance(outcome, Conflict):
-                await self._record_conflict(connection, claim, row)
+                yield from self._record_conflict(claim, row)
             outcomes[claim.store_path] = outcome
         sound = [claim for claim in new if claim.store_path in sealed]
         outcomes.update((claim.store_path, _vanished(claim)) for claim in new if claim.store_path not in sealed)
-        ordered, blocked = await apart(len(sound), lambda: references_first(sound, present.keys()))
+        ordered, blocked = yield Apart(len(sound), lambda: references_first(sound, present.keys()))
         outcomes.update(rejected_for_references(blocked))
-        await self._insert(connection, ordered, sealed, present)
+        yield from self._insert(ordered, sealed, present)
         outcomes.update((claim.store_path, Published(claim.store_path)) for claim in ordered)
-        return outcomes, [_row(claim, present[claim.base_name], sealed) for claim in ordered]
+        decision.rows += [_row(claim, present[claim.base_name], sealed) for claim in ordered]
 
-    async def _insert(
-        self,
-        connection: AsyncConnection,
-        ordered: Sequence[NarInfo],
-        sealed: Mapping[str, bytes],
-        serials: dict[str, int],
-    ) -> None:
-        if not ordered:
-            return
+    def _insert(self, ordered: Sequence[NarInfo], sealed: Mapping[str, bytes], serials: dict[str, int]) -> Work[None]:
         now = self._catalog.now()
         for chunk in chunked(ordered, ROWS_AT_ONCE):
-            rows = await apart(len(chunk), partial(_path_rows, chunk, sealed, now))
-            inserted = await connection.execute(_INSERT_PATHS, rows)
-            for claim, serial in zip(chunk, inserted.scalars(), strict=True):
+            rows = yield Apart(len(chunk), partial(_path_rows, chunk, sealed, now))
+            inserted = yield Ask(_INSERT_PATHS, rows)
+            for claim, (serial,) in zip(chunk, inserted, strict=True):
                 serials[claim.base_name] = serial
-        edges = await apart(len(ordered), lambda: _edges(ordered, serials))
+        edges = yield Apart(len(ordered), lambda: _edges(ordered, serials))
         for part in chunked(edges, ROWS_AT_ONCE):
-            await connection.execute(_INSERT_REFS, part)
+            yield Ask(_INSERT_REFS, part)
 
-    async def _record_conflict(self, connection: AsyncConnection, claim: NarInfo, row: Row) -> None:
+    def _record_conflict(self, claim: NarInfo, row: Row) -> Work[None]:
         same = (conflicts.c.serial == row.serial) & (conflicts.c.nar_hash == claim.path.nar_hash)
-        counted = await connection.execute(conflicts.update().where(same).values(times=conflicts.c.times + 1))
-        if counted.rowcount:
+        again = conflicts.update().where(same).values(times=conflicts.c.times + 1).returning(conflicts.c.serial)
+        if (yield Ask(again)):
             return
-        await connection.execute(
-            conflicts.insert().values(
-                serial=row.serial,
-                nar_hash=claim.path.nar_hash,
-                nar_size=claim.path.nar_size,
-                url=claim.stored.url,
-                file_size=claim.stored.file_size,
-                deriver=claim.path.deriver,
-                first_seen_at=self._catalog.now(),
-                times=1,
-            )
+        first = conflicts.insert().values(
+            serial=row.serial,
+            nar_hash=claim.path.nar_hash,
+            nar_size=claim.path.nar_size,
+            url=claim.stored.url,
+            file_size=claim.stored.file_size,
+            deriver=claim.path.deriver,
+            first_seen_at=self._catalog.now(),
+            times=1,
         )
+        yield Ask(first)
 
 
 def _row(claim: NarInfo, serial: int, sealed: Mapping[str, bytes]) -> Row:
@@ -283,22 +296,30 @@ def _edges(claims: Sequence[NarInfo], serials: Mapping[str, int]) -> list[dict[s
 
 async def repoint(catalog: Catalog, claim: NarInfo) -> bool:
     """Point a path at another object with the same NAR, which the caller has verified; False if it cannot be."""
-    async with writing(catalog.database) as connection:
-        row = (await catalog.rows(connection, [claim.hash_part])).get(claim.hash_part)
-        gone = await deleted(connection, [claim.stored.url])
+
+    def work() -> Work[Row | None]:
+        row = (yield from catalog.finding_rows([claim.hash_part])).get(claim.hash_part)
+        gone = yield from deleted([claim.stored.url])
         if row is None or row.nar_hash != claim.path.nar_hash or None in gone.values():
-            return False
-        await _point(catalog, connection, claim, row)
-        return True
+            return None
+        yield _pointing(catalog, claim, row)
+        return row
+
+    row = await write_by(catalog.database, work, small=True)
+    if row is not None:
+        catalog.forget([(row.hash_part, row.url)])
+    return row is not None
 
 
-async def _point(catalog: Catalog, connection: AsyncConnection, claim: NarInfo, row: Row) -> None:
-    """Point a path whose object was lost at another object with the same NAR; its signature covers no URL."""
+def _pointing(catalog: Catalog, claim: NarInfo, row: Row) -> Ask:
+    """Return what points a path whose object was lost at one with the same NAR; its signature covers no URL.
+
+    The catalog is to forget the path afterwards.
+    """
     known = narinfo_format.parse(row.narinfo, catalog.store_dir)
     repaired = replace(known, stored=claim.stored).render()
     update = paths.update().where(paths.c.serial == row.serial)
-    await connection.execute(update.values(**asdict(claim.stored), narinfo=repaired))
-    catalog.forget([(row.hash_part, row.url)])
+    return Ask(update.values(**asdict(claim.stored), narinfo=repaired))
 
 
 def _against(claim: NarInfo, row: Row) -> PublishOutcome:

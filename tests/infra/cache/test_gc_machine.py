@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from infra.cache.cache import Cache
-from infra.cache.catalog.database import Database
+from infra.cache.catalog.database import Database, write_by
 from infra.cache.errors import MetadataError
 from infra.cache.publishing import publisher
 from infra.cache.retention import collector, roots
 from infra.cache.retention.collector import CollectPlan
+from infra.database_work import Work
 from infra.nix import narinfo
 from tests.support.cache import STORE_DIR, base_name, open_cache, store_path, uploaded_claim
 
@@ -63,8 +64,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.seen: dict[str, float] = {}
         self.cut: tuple[int, str, int] | None = None
         self.patches = pytest.MonkeyPatch()
-        for module in (collector, publisher, roots):
+        for module in (collector, roots):
             self.patches.setattr(module, "writing", self.hooked(module.writing))
+        self.patches.setattr(publisher, "write_by", self.hooked_work)
         self.runner.run(self.open())
 
     async def open(self) -> None:
@@ -88,6 +90,12 @@ class CacheMachine(RuleBasedStateMachine):
             await self.step()
 
         return stepped
+
+    async def hooked_work(self, database: Database, work: Callable[[], Work[Any]], *, small: bool) -> Any:
+        await self.step()
+        done = await write_by(database, work, small=small)
+        await self.step()
+        return done
 
     async def step(self) -> None:
         """Between any two things that are done at once."""
