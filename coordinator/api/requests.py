@@ -13,27 +13,22 @@ from coordinator.api.limits import (
     MAX_COMMIT,
     MAX_IDEMPOTENCY_KEY,
     MAX_LIMIT,
+    MAX_PAIRS,
+    MAX_PLANNED,
     MAX_PULL,
+    MAX_ROOTS,
     MAX_TAG_KEY,
     MAX_TAG_VALUE,
     MAX_TAGS,
+    MAX_TEXT_BYTES,
+    MAX_UNEVALUATED,
     MAX_WAIT_S,
     TAG_KEY,
 )
+from coordinator.api.root_limits import RootLimits
 from coordinator.api.trace_context import MAX_TRACEPARENT
 from coordinator.wishes.document import WishListDocument
 
-#: Bytes of a label, an attribute path, a path: what people read, and every list shows.
-MAX_TEXT_BYTES = 1024
-#: Roots of one submission; some 20 MB of JSON.
-MAX_ROOTS = 100_000
-#: Pairs of one question; outputs are compared at most MAX_OUTPUT_PAIRS at once.
-MAX_PAIRS = 50_000
-MAX_OUTPUT_PAIRS = 500
-#: Derivations of a client's own that one plan counts.
-MAX_PLANNED = 20_000
-#: Attributes that could not be evaluated which a submission keeps.
-MAX_UNEVALUATED = 200
 #: Characters of an output's name; Nix makes it part of a store path's name, which has at most 211.
 MAX_OUTPUT_LENGTH = 211
 
@@ -48,29 +43,11 @@ class Request(BaseModel):
 Names = Annotated[tuple[Annotated[str, Field(max_length=255)], ...], FailFast()]
 
 
-class RootLimits(Request):
-    """Limits on the build of a root itself; 0: the farm's default. Its dependencies have the defaults."""
-
-    #: Seconds of wall time and of silence (`meta.timeout`, `meta.maxSilent`).
-    timeout_s: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
-    silence_s: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
-    #: Bytes of log that are kept, at most the farm's own limit, and of all outputs together (`meta.drover`).
-    log_bytes: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
-    output_bytes: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
-    #: Memory that the build takes: workers run builds side by side only as far as theirs goes.
-    memory_bytes: Annotated[int, Field(ge=0, le=MAX_LIMIT)] = 0
-
-
 def _short(text: str) -> str:
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > MAX_TEXT_BYTES:
         raise ValueError(f"it has {size} bytes; at most {MAX_TEXT_BYTES} are taken")
     return text
-
-
-def kept_text(text: str) -> str:
-    """Return what the farm keeps of a text."""
-    return text.encode(errors="replace")[:MAX_TEXT_BYTES].decode(errors="ignore")
 
 
 #: What people call something. The length in characters is looked at first: that costs nothing.

@@ -1,6 +1,7 @@
 r"""The two batched streams of a client: all missing derivations in one request, all missing sources in another.
 
-Both are one zstd frame around a magic line, records and an end mark (integers are little-endian, four bytes):
+`coordinator.api.sent_streams` writes them, this module reads them. Both are one zstd frame around a magic line, records
+and an end mark (integers are little-endian, four bytes):
 
     derivations := "drover-derivations-1\n" { length name, length bytes } 0
     sources     := "drover-sources-1\n"     { length header, nar }        0
@@ -17,24 +18,26 @@ comes. For a derivation of more than `LARGE_BYTES` the reader first asks its cal
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Generator
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Final
 
 import zstandard
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from coordinator.api.sent_streams import (
+    DERIVATIONS_MAGIC,
+    INT_BYTES,
+    MAX_NAME_BYTES,
+    PIECE_BYTES,
+    SOURCES_MAGIC,
+    FramingError,
+    SourceHeader,
+)
 from coordinator.api.zstd_blocks import BlockCutter
-from coordinator.errors import IntakeError
-from infra.nix.path_info import PathInfo
-from infra.nix.store_path import StoreDir
 from infra.validation import first_fault
 
-DERIVATIONS_MAGIC = b"drover-derivations-1\n"
-SOURCES_MAGIC = b"drover-sources-1\n"
-#: Longest store path name is 211 characters, its hash part and dash 33, `.drv` is part of the name.
-MAX_NAME_BYTES = 256
 MAX_HEADER_BYTES = 1024 * 1024
 #: Blocks of a frame that are inflated at one time, 256 KiB of them at most.
 BLOCKS_AT_ONCE = 2
@@ -46,42 +49,7 @@ LARGE_WITHIN_S = 300.0
 _TURN_BYTES = 1024 * 1024
 #: What a reader's frame may ask for; the fast levels stay at 2 MiB.
 MAX_WINDOW_BYTES = 8 * 1024 * 1024
-PIECE_BYTES = 256 * 1024
-_LEVEL = 1
-_INT = 4
-
-
-class FramingError(IntakeError):
-    """The stream itself is wrong: not zstd, cut short, over a bound, followed by something."""
-
-    code: ClassVar[str] = "bad_stream"
-
-
-class SourceHeader(BaseModel):
-    """Description of an input source by the client's Nix; the coordinator verifies all of it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
-
-    #: Base name.
-    path: Annotated[str, Field(max_length=MAX_NAME_BYTES)]
-    #: Base names.
-    references: tuple[str, ...] = ()
-    #: `sha256:<52 nix32 characters>`.
-    nar_hash: str
-    nar_size: Annotated[int, Field(ge=0, lt=1 << 63)]
-    #: Content address as in a narinfo, or empty.
-    ca: str = ""
-
-    @classmethod
-    def of(cls, info: PathInfo) -> SourceHeader:
-        """Return the header of a source in the client's store."""
-        return cls(
-            path=info.base_name, references=info.references, nar_hash=info.nar_hash, nar_size=info.nar_size, ca=info.ca
-        )
-
-    def info(self, store_dir: StoreDir) -> PathInfo:
-        """Return the same of the path in `store_dir`."""
-        return PathInfo(store_dir.full(self.path), self.nar_hash, self.nar_size, self.references, ca=self.ca)
+_HEADERS: Final = TypeAdapter(SourceHeader)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,72 +60,6 @@ class StreamLimits:
     max_record_bytes: int
     #: Of the inflated stream.
     max_bytes: int
-
-
-def encode_derivations(members: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
-    """Yield the compressed stream of (base name, .drv bytes), inputs first."""
-
-    def plain() -> Iterator[bytes]:
-        yield DERIVATIONS_MAGIC
-        for name, data in members:
-            raw = name.encode()
-            yield b"".join((_int(len(raw)), raw, _int(len(data)), data))
-        yield _int(0)
-
-    return _compressed(plain())
-
-
-def encode_sources(members: Iterable[tuple[SourceHeader, Callable[[], Iterable[bytes]]]]) -> Iterator[bytes]:
-    """Yield the compressed stream of sources; each NAR is opened when its turn comes.
-
-    Raises:
-        FramingError: a NAR is not as long as its header says (the source changed under the reader).
-    """
-
-    def plain() -> Iterator[bytes]:
-        yield SOURCES_MAGIC
-        for header, open_nar in members:
-            raw = header.model_dump_json().encode()
-            yield _int(len(raw)) + raw
-            left = header.nar_size
-            for piece in open_nar():
-                left -= len(piece)
-                yield piece
-            if left:
-                raise FramingError(f"the source {header.path} changed while it was being sent")
-        yield _int(0)
-
-    return _compressed(plain())
-
-
-async def in_thread(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
-    """Pull a blocking iterator from a worker thread, one piece ahead of nothing: the consumer sets the pace."""
-    while True:
-        piece = await asyncio.to_thread(next, pieces, None)
-        if piece is None:
-            return
-        yield piece
-
-
-def _int(value: int) -> bytes:
-    return value.to_bytes(_INT, "little")
-
-
-def _compressed(plain: Iterator[bytes]) -> Iterator[bytes]:
-    compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compressobj()
-    ready: list[bytes] = []
-    size = 0
-    for piece in plain:
-        data = compressor.compress(piece)
-        if data:
-            ready.append(data)
-            size += len(data)
-            if size >= PIECE_BYTES:
-                yield b"".join(ready)
-                ready.clear()
-                size = 0
-    ready.append(compressor.flush())
-    yield b"".join(ready)
 
 
 async def read_derivations(
@@ -215,26 +117,26 @@ def _derivation_parser(
         batch: list[tuple[str, bytes]] = []
         at, end = 0, len(data)
         wanted: _Wanted = ("", 0)
-        while end - at >= _INT:
-            name_size = int.from_bytes(data[at : at + _INT], "little")
-            body_at = at + _INT + name_size + _INT
+        while end - at >= INT_BYTES:
+            name_size = int.from_bytes(data[at : at + INT_BYTES], "little")
+            body_at = at + INT_BYTES + name_size + INT_BYTES
             if name_size == 0:
-                at, wanted = at + _INT, None
+                at, wanted = at + INT_BYTES, None
                 break
             if name_size > MAX_NAME_BYTES:
                 raise FramingError(f"record {count} has a name of {name_size} bytes; at most {MAX_NAME_BYTES}")
             if body_at > end:
                 break
-            size = int.from_bytes(data[body_at - _INT : body_at], "little")
+            size = int.from_bytes(data[body_at - INT_BYTES : body_at], "little")
             if size > limits.max_record_bytes:
-                name = data[at + _INT : body_at - _INT].decode(errors="replace")
+                name = data[at + INT_BYTES : body_at - INT_BYTES].decode(errors="replace")
                 raise FramingError(f"{name} has {size} bytes; a derivation may have {limits.max_record_bytes}")
             if body_at + size > end and size <= LARGE_BYTES:
                 break
             count += 1
             if count > limits.max_records:
                 raise FramingError(f"the stream holds more than {limits.max_records} derivations, the limit")
-            name = _ascii(data[at + _INT : body_at - _INT], count - 1)
+            name = _ascii(data[at + INT_BYTES : body_at - INT_BYTES], count - 1)
             if size > LARGE_BYTES:
                 at, wanted = body_at, (name, size)
                 break
@@ -277,14 +179,14 @@ async def read_sources(body: AsyncIterable[bytes], limits: StreamLimits) -> Asyn
     stream = _Inflater(body, limits.max_bytes)
     await stream.magic(SOURCES_MAGIC)
     count = 0
-    while size := int.from_bytes(await stream.exactly(_INT), "little"):
+    while size := int.from_bytes(await stream.exactly(INT_BYTES), "little"):
         if size > MAX_HEADER_BYTES:
             raise FramingError(f"source {count} has a header of {size} bytes; at most {MAX_HEADER_BYTES}")
         count += 1
         if count > limits.max_records:
             raise FramingError(f"the stream holds more than {limits.max_records} sources, the limit")
         try:
-            header = SourceHeader.model_validate_json(await stream.exactly(size))
+            header = _HEADERS.validate_json(await stream.exactly(size))
         except ValidationError as error:
             place, why = first_fault(error)
             raise FramingError(f"the header of source {count - 1} is wrong at {place or 'JSON'}: {why}") from None

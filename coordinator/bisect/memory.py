@@ -13,7 +13,7 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from coordinator.api.requests import RootLimits
+from coordinator.api.root_limits import RootLimits
 from coordinator.bisect.errors import BisectError
 from coordinator.bisect.verdicts import Outcome
 from coordinator.evaluation.model import EvaluatedRoot

@@ -9,12 +9,13 @@ from dataclasses import replace
 from typing import Final
 
 from coordinator.api.models import Ended, RootView, StepChanged, StepStatus, SubmissionState, SubmissionView
-from coordinator.api.requests import IntakeQuery, PairsQuery, RootRequest, SubmitRequest
-from coordinator.api.streams import encode_derivations, in_thread
+from coordinator.api.requests import PairsQuery
+from coordinator.api.sent_streams import encode_derivations, in_thread
 from coordinator.bisect.verdicts import REFUSED, Origin, Outcome, Until
 from coordinator.cli.screen import Screen
 from coordinator.cli.sending import ClientStages, send_closure, sending_again, taken_after_sending
 from coordinator.client.api_client import ApiClient
+from coordinator.client.bodies import MembersBody, RootBody, SubmitBody
 from coordinator.client.closure import LocalStore, read_closure
 from coordinator.client.errors import RefusedError
 from coordinator.errors import CoordinatorError
@@ -62,7 +63,7 @@ class FarmBuilds:
         """Return the derivations of `roots` whose outputs the farm has, or that it knows to fail."""
         outputs = {root.drv: self._outputs(root) for root in roots}
         names = tuple(sorted({name for each in outputs.values() for name in each}))
-        query = IntakeQuery(store_dir=self._store.store_dir, derivations=(), sources=names, built=names)
+        query = MembersBody(store_dir=self._store.store_dir, derivations=(), sources=names, built=names)
         absent = set((await self._client.missing(query)).sources)
         found = {drv for drv, each in outputs.items() if absent.isdisjoint(each)}
         unknown = [root.drv for root in roots if root.drv not in found]
@@ -96,13 +97,13 @@ class FarmBuilds:
             async with self._sending:
                 return await send_closure(self._client, self._store, [root.drv], self._screen, stages, whole=whole)
 
-        wish = RootRequest(attr=root.attr, drv=root.drv, outputs=root.outputs, limits=root.limits)
+        wish = RootBody(attr=root.attr, drv=root.drv, outputs=root.outputs, limits=root.limits)
         label = f"{self._label} at {commit[:12]}"
-        request = SubmitRequest(roots=(wish,), label=label)
+        request = SubmitBody(roots=(wish,), label=label)
 
         async def take(makers: tuple[str, ...]) -> SubmissionView:
             nonlocal request
-            request = request.model_copy(update={"makers": makers, "stages": stages.taken})
+            request = replace(request, makers=makers, stages=stages.taken)
             return await self._client.submit(request)
 
         outcome = await self._outcome_of(await self._ended(root.drv, await taken_after_sending(send, take), send))
@@ -122,7 +123,7 @@ class FarmBuilds:
         return view
 
     async def _measured(
-        self, root: EvaluatedRoot, request: SubmitRequest, send: Callable[[bool], Awaitable[object]]
+        self, root: EvaluatedRoot, request: SubmitBody, send: Callable[[bool], Awaitable[object]]
     ) -> float | None:
         """Return how long a derivation takes whose outputs the farm has and never built, by building a variant of it.
 
@@ -136,8 +137,8 @@ class FarmBuilds:
         drv, data = variant_of(root.drv, derivation, hashes, store_dir, b"duration")
         self._screen.status(f"{base_name_of(root.drv)} was never built here; building a variant to measure it")
         await self._client.send_derivations(in_thread(encode_derivations([(base_name_of(drv), data)])))
-        wish = request.roots[0].model_copy(update={"drv": drv})
-        view = await self._client.submit(request.model_copy(update={"roots": (wish,)}))
+        wish = replace(request.roots[0], drv=drv)
+        view = await self._client.submit(replace(request, roots=(wish,)))
         view = await self._ended(drv, view, send)
         if view.state is not SubmissionState.SUCCEEDED:
             return None

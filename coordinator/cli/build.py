@@ -9,13 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from coordinator.api.evaluations import EVALUATION_PREFIX
 from coordinator.api.models import FarmView, StepStatus, StepView, SubmissionState, SubmissionView
-from coordinator.api.requests import RemoteEvaluationRequest, RootRequest, SubmitRequest
 from coordinator.api.trace_context import MAX_TRACEPARENT
 from coordinator.cli import exit_status
 from coordinator.cli.ci import Ci, defused
@@ -25,13 +24,13 @@ from coordinator.cli.fetching import realise
 from coordinator.cli.follow import follow
 from coordinator.cli.import_builds import FarmImports
 from coordinator.cli.printing import print_json
-from coordinator.cli.remote import RemoteSource, evaluate_remotely, watch_evaluation
 from coordinator.cli.rendering import summary_lines
 from coordinator.cli.screen import Screen
 from coordinator.cli.sending import ClientStages, send_closure, taken_after_sending
 from coordinator.cli.streaming import StreamedBuild
 from coordinator.cli.submission_options import SubmissionWords
 from coordinator.client.api_client import ApiClient
+from coordinator.client.bodies import RootBody, SubmitBody
 from coordinator.client.closure import (
     LocalStore,
     local_store,
@@ -40,6 +39,9 @@ from coordinator.client.errors import RefusedError
 from coordinator.errors import CoordinatorError, OtherWishError
 from coordinator.evaluation.model import Evaluation
 from coordinator.terminal_controls import harmless
+
+if TYPE_CHECKING:
+    from coordinator.cli.remote import RemoteSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class BuildRequest:
     #: What the submission says of itself.
     words: SubmissionWords = field(default_factory=SubmissionWords)
     retry: bool = False
-    #: As in `SubmitRequest`.
+    #: As in `SubmitBody`.
     wait_s: int | None = None
     detach: bool = False
     as_json: bool = False
@@ -106,6 +108,8 @@ def watch(
             screen = Screen.choose(as_json=as_json, ci=ci)
             name = submission
             if submission.startswith(EVALUATION_PREFIX):
+                from coordinator.cli.remote import watch_evaluation  # noqa: PLC0415 - for this alone
+
                 submitted.id, submitted.remote_evaluation = "", submission
                 name, submitted.evaluation = await watch_evaluation(client, submission, screen)
                 submitted.id = name
@@ -164,6 +168,9 @@ async def _build_remotely(
     client: ApiClient, options: BuildRequest, submitted: _Submitted, screen: Screen, farm: FarmView
 ) -> int:
     """Have the coordinator evaluate, and follow what it submits; returns the exit status."""
+    from coordinator.api.requests import RemoteEvaluationRequest  # noqa: PLC0415 - pydantic, for this alone
+    from coordinator.cli.remote import RemoteSource, evaluate_remotely  # noqa: PLC0415
+
     asked = options.evaluation
     # Not checked yet: its files have no source before it is sent.
     wanted = RemoteEvaluationRequest.model_construct(
@@ -193,9 +200,9 @@ async def _build_remotely(
     return _finish(view, submitted, screen, as_json=options.as_json)
 
 
-def _opening(options: BuildRequest) -> SubmitRequest:
+def _opening(options: BuildRequest) -> SubmitBody:
     """Return all that is said of a submission but its roots."""
-    return SubmitRequest(
+    return SubmitBody(
         roots=(),
         open=True,
         evaluates=evaluated_from(options.evaluation),
@@ -249,16 +256,14 @@ async def _submit(
     wanted, submitted.evaluation = evaluation.wanted, evaluation
     store = local_store(options.store, wanted[0].drv)
     drvs = [each.drv for each in wanted]
-    roots = tuple(
-        RootRequest(attr=each.attr, drv=each.drv, outputs=each.outputs, limits=each.limits) for each in wanted
-    )
+    roots = tuple(RootBody(attr=each.attr, drv=each.drv, outputs=each.outputs, limits=each.limits) for each in wanted)
 
     async def send(whole: bool) -> tuple[str, ...]:
         return await send_closure(client, store, drvs, screen, stages, whole=whole)
 
     async def take(makers: tuple[str, ...]) -> SubmissionView:
-        given = {"roots": roots, "open": False, "evaluates": "", "makers": makers, "stages": stages.taken}
-        return await client.submit(_opening(options).model_copy(update=given))
+        whole = replace(_opening(options), roots=roots, open=False, evaluates="", makers=makers, stages=stages.taken)
+        return await client.submit(whole)
 
     view = await taken_after_sending(send, take)
     submitted.id = view.id

@@ -131,7 +131,6 @@ def build(url: str, token_file: str, **options: Any) -> int:
     """
     from coordinator.cli import build as building  # noqa: PLC0415 - slow to import
     from coordinator.cli.evaluation import EvaluationRequest  # noqa: PLC0415 - slow to import
-    from coordinator.cli.remote import RemoteSource  # noqa: PLC0415 - slow to import
 
     take_flake(options)
     refuse_contradictions(options)
@@ -146,7 +145,11 @@ def build(url: str, token_file: str, **options: Any) -> int:
     of_evaluation = {name: options.pop(name) for name in names}
     evaluation = EvaluationRequest(flags=tuple(flags), **of_evaluation)
     words = taken_words(options)
-    source = RemoteSource(git, rev) if remote else None
+    source = None
+    if remote:
+        from coordinator.cli.remote import RemoteSource  # noqa: PLC0415 - slow to import
+
+        source = RemoteSource(git, rev)
     request = building.BuildRequest(evaluation, settings=tuple(settings), words=words, remote=source, **options)
     return building.build(Address(url, token_file).client, request)
 

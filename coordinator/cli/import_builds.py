@@ -14,11 +14,11 @@ from contextlib import suppress
 from typing import Final, Self
 
 from coordinator.api.models import FarmView, RootView, StepStatus, SubmissionView
-from coordinator.api.requests import RootRequest, SubmitRequest
 from coordinator.cli.fetching import realise
 from coordinator.cli.screen import Screen
 from coordinator.cli.sending import ClientStages, send_closure, taken_after_sending
 from coordinator.client.api_client import ApiClient
+from coordinator.client.bodies import RootBody, SubmitBody
 from coordinator.client.closure import LocalStore, local_store
 from coordinator.errors import CoordinatorError
 from infra.nix import aterm
@@ -111,8 +111,8 @@ class FarmImports:
 
         async def take(makers: tuple[str, ...]) -> SubmissionView:
             return await self._client.submit(
-                SubmitRequest(
-                    roots=tuple(RootRequest(attr=drv_name_of(drv), drv=drv) for drv in drvs),
+                SubmitBody(
+                    roots=tuple(RootBody(attr=drv_name_of(drv), drv=drv) for drv in drvs),
                     label=f"imported by the evaluation of {attr or 'the file'}"[:200],
                     makers=makers,
                     wait_s=self._wait_s,

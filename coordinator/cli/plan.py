@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from coordinator.api.limits import MAX_PLANNED
 from coordinator.api.plan_models import PlanView
-from coordinator.api.requests import MAX_PLANNED, IntakeQuery, PlannedDerivation, PlanQuery
+from coordinator.api.requests import PlannedDerivation, PlanQuery
 from coordinator.cli import exit_status
 from coordinator.cli.ci import defused
 from coordinator.cli.evaluation import show_messages
@@ -24,6 +25,7 @@ from coordinator.cli.screen import is_capable, wants_colours
 from coordinator.cli.status import write_report
 from coordinator.cli.wish_reading import WishRequest, present_paths, this_system, wishes_of
 from coordinator.client.api_client import ApiClient
+from coordinator.client.bodies import MembersBody
 from coordinator.client.closure import ClosureError, LocalStore, local_store
 from coordinator.client.closure_walk import ClosureWalk
 from coordinator.wishes.document import document_of
@@ -84,7 +86,7 @@ async def _graph(
                 return ()
             names = {base_name_of(drv): drv for drv in walk.questions}
             # Sources are not named, so that nothing is had from an upstream.
-            answer = await client.missing(IntakeQuery(store_dir=store.store_dir, derivations=tuple(names), sources=()))
+            answer = await client.missing(MembersBody(store_dir=store.store_dir, derivations=tuple(names), sources=()))
             await asyncio.to_thread(walk.learn, [names[name] for name in answer.derivations])
         return await asyncio.to_thread(_derivations, walk, systems)
     except ClosureError:

@@ -19,7 +19,7 @@ import click
 
 from coordinator.api.mirroring import MirroredPathView, MirrorState, MirrorView
 from coordinator.api.models import FarmView, StepStatus, StepView, SubmissionView
-from coordinator.api.requests import KnownDerivationsQuery, MirrorRequest, PairsQuery, RootRequest, SubmitRequest
+from coordinator.api.requests import KnownDerivationsQuery, MirrorRequest, PairsQuery
 from coordinator.cli import exit_status
 from coordinator.cli.evaluation import inputs_of, show_messages
 from coordinator.cli.follow import follow
@@ -31,6 +31,7 @@ from coordinator.cli.sending import ClientStages, send_closure, taken_after_send
 from coordinator.cli.status import write_report
 from coordinator.cli.wish_reading import WishRequest, wishes_of
 from coordinator.client.api_client import ApiClient
+from coordinator.client.bodies import RootBody, SubmitBody
 from coordinator.client.closure import ClosureError, LocalStore, local_store
 from coordinator.client.errors import ClientError, RefusedError
 from coordinator.errors import CoordinatorError, NotFoundError
@@ -322,7 +323,7 @@ class PopulateRun:
 
         async def take(makers: tuple[str, ...]) -> SubmissionView:
             return await self.client.submit(
-                SubmitRequest(
+                SubmitBody(
                     roots=roots,
                     label="populate",
                     makers=makers,
@@ -436,9 +437,9 @@ def _drv_of(wish: Wish) -> str:
             return ""
 
 
-def _root(target: PopulateTarget) -> RootRequest:
+def _root(target: PopulateTarget) -> RootBody:
     if target.derivation is None:
         raise AssertionError("what has no derivation is not built")
     names = tuple(name for name, path in target.derivation.outputs.items() if path in target.paths)
     attr = f"{target.wish.name} ({target.wish.system})"
-    return RootRequest(attr=attr[:1024], drv=target.derivation.path, outputs=names)
+    return RootBody(attr=attr[:1024], drv=target.derivation.path, outputs=names)

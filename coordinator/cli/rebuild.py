@@ -15,9 +15,10 @@ from typing import Final, Literal
 
 import click
 
+from coordinator.api.limits import MAX_OUTPUT_PAIRS
 from coordinator.api.models import StepView, SubmissionView
 from coordinator.api.rebuild_models import ComparedOutputView, ForecastView, RebuildCausesView
-from coordinator.api.requests import MAX_OUTPUT_PAIRS, ForecastQuery, PairsQuery, RootRequest, SubmitRequest
+from coordinator.api.requests import ForecastQuery, PairsQuery
 from coordinator.cli import exit_status
 from coordinator.cli.evaluation import EvaluationRequest
 from coordinator.cli.follow import follow
@@ -31,6 +32,7 @@ from coordinator.cli.screen import Screen
 from coordinator.cli.sending import ClientStages, send_closure, sending_again, taken_after_sending
 from coordinator.cli.status import write_report
 from coordinator.client.api_client import ApiClient
+from coordinator.client.bodies import RootBody, SubmitBody
 from coordinator.client.closure import ClosureError, LocalStore, read_closure
 from coordinator.client.errors import RefusedError
 from coordinator.rebuild.causes import causes_view
@@ -222,10 +224,10 @@ class _Rebuild:
 
     async def _submit(self, store: LocalStore, side: LoadedSide, attrs: Sequence[str], makers: tuple[str, ...]) -> str:
         roots = tuple(
-            RootRequest(attr=attr, drv=root.drv, outputs=root.outputs, limits=root.limits)
+            RootBody(attr=attr, drv=root.drv, outputs=root.outputs, limits=root.limits)
             for attr, root in ((attr, side.roots[attr]) for attr in attrs)
         )
-        request = SubmitRequest(
+        request = SubmitBody(
             roots=roots,
             label=f"rebuild: {side.packages.name}"[:200],
             retry_failed=self._request.retry,
@@ -236,7 +238,7 @@ class _Rebuild:
             return await self._send(store, side, attrs, whole=True) if whole else makers
 
         async def take(makers: tuple[str, ...]) -> SubmissionView:
-            return await self._client.submit(request.model_copy(update={"makers": makers}))
+            return await self._client.submit(replace(request, makers=makers))
 
         view = await taken_after_sending(send, take)
         self._interruption.submissions.append(view.id)

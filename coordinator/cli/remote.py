@@ -14,7 +14,7 @@ import click
 
 from coordinator.api.evaluations import EvaluationState, EvaluationView
 from coordinator.api.requests import RemoteEvaluationRequest
-from coordinator.api.streams import in_thread
+from coordinator.api.sent_streams import in_thread
 from coordinator.cli.ci import defused
 from coordinator.cli.evaluation import show_evaluation, show_messages
 from coordinator.cli.printing import size

@@ -7,14 +7,13 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from coordinator.api.models import IntakeMissing, StepView
-from coordinator.api.requests import ClientStage, IntakeQuery
-from coordinator.api.streams import SourceHeader, encode_derivations, encode_sources, in_thread
 from coordinator.cli.printing import size
 from coordinator.cli.screen import Screen
 from coordinator.client.api_client import ApiClient
+from coordinator.client.bodies import MembersBody, StageBody
 from coordinator.client.closure import (
     Closure,
     LocalStore,
@@ -28,6 +27,9 @@ from coordinator.client.errors import RefusedError
 from coordinator.errors import CoordinatorError, MissingMemberError
 from infra.nix.store_path import base_name_of
 
+if TYPE_CHECKING:
+    from coordinator.api.sent_streams import SourceHeader
+
 #: Seconds after the client has sent what the farm lost before it looks again: each look sends the whole graph.
 SEND_AGAIN_EVERY_S = 10.0
 
@@ -38,13 +40,13 @@ class ClientStages:
     """Times of what the client does before it submits, one after the other, for the submission's trace."""
 
     def __init__(self) -> None:
-        self.taken: tuple[ClientStage, ...] = ()
+        self.taken: tuple[StageBody, ...] = ()
         self._since = time.time()
 
     def ended(self, name: Literal["evaluate", "closure", "upload"]) -> None:
         """Note a stage that began when the one before it ended."""
         begin, self._since = self._since, time.time()
-        self.taken = (*self.taken, ClientStage(name=name, begin=begin, end=max(begin, self._since)))
+        self.taken = (*self.taken, StageBody(name=name, begin=begin, end=max(begin, self._since)))
 
 
 @dataclass(slots=True)
@@ -83,12 +85,7 @@ async def send_closure(
             f"sending {len(looked.derivations)} of {looked.asked} derivations and "
             f"{len(looked.sources)} of {looked.asked_sources} sources{sized}"
         )
-        if looked.derivations:
-            members = ((base_name_of(drv), store.read(drv)) for drv in looked.derivations)
-            await client.send_derivations(in_thread(encode_derivations(members)))
-        if looked.sources:
-            nars = ((header, _nar(store, header)) for header in looked.sources)
-            await client.send_sources(in_thread(encode_sources(nars)))
+        await _send(client, store, looked)
     if sent_before is not None:
         sent_before.derivations.update(looked.known)
         sent_before.derivations.update(looked.closure.derivations)
@@ -96,6 +93,17 @@ async def send_closure(
         sent_before.sources.update(looked.closure.sources)
     stages.ended("upload")
     return looked.makers
+
+
+async def _send(client: ApiClient, store: LocalStore, looked: _Looked) -> None:
+    from coordinator.api import sent_streams as streams  # noqa: PLC0415 - loads zstd, and the farm may lack nothing
+
+    if looked.derivations:
+        members = ((base_name_of(drv), store.read(drv)) for drv in looked.derivations)
+        await client.send_derivations(streams.in_thread(streams.encode_derivations(members)))
+    if looked.sources:
+        nars = ((header, _nar(store, header)) for header in looked.sources)
+        await client.send_sources(streams.in_thread(streams.encode_sources(nars)))
 
 
 async def taken_after_sending(
@@ -138,7 +146,7 @@ async def _look(
         outputs = closure.outputs | before.outputs
         found = await describe_sources(store, [path for path in closure.sources if path not in before.sources])
         built = tuple(map(base_name_of, found.built))
-        query = IntakeQuery(
+        query = MembersBody(
             store_dir=store.store_dir,
             derivations=tuple(map(base_name_of, closure.derivations)) if whole else (),
             sources=(*(header.path for header in found.headers), *built),
@@ -175,7 +183,7 @@ async def _lacking(
     walk = ClosureWalk(store, roots, before.derivations)
     while walk.questions:
         names = {base_name_of(drv): drv for drv in walk.questions}
-        missing = await client.missing(IntakeQuery(store_dir=store.store_dir, derivations=tuple(names), sources=()))
+        missing = await client.missing(MembersBody(store_dir=store.store_dir, derivations=tuple(names), sources=()))
         await asyncio.to_thread(walk.learn, [names[name] for name in missing.derivations])
     return await asyncio.to_thread(walk.closure), walk.asked, walk.known
 

@@ -8,29 +8,22 @@ submission is sealed when all has come. Where this program fails or is interrupt
 from __future__ import annotations
 
 import asyncio
-import secrets
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from typing import Final, Literal
 
+from coordinator.api.limits import MAX_UNEVALUATED, kept_text
 from coordinator.api.models import StepView, SubmissionView
-from coordinator.api.requests import (
-    MAX_UNEVALUATED,
-    ClientStage,
-    GrowRequest,
-    RootRequest,
-    SealRequest,
-    SubmitRequest,
-    UnevaluatedAttr,
-    kept_text,
-)
 from coordinator.cli.evaluation import show_evaluation, show_messages
 from coordinator.cli.follow import follow
 from coordinator.cli.progress import Progress
 from coordinator.cli.screen import Screen
 from coordinator.cli.sending import ClientStages, SentParts, send_closure, sending_again, taken_after_sending
 from coordinator.client.api_client import ApiClient
+from coordinator.client.bodies import GrowBody, RootBody, SealBody, StageBody, SubmitBody, UnevaluatedBody
 from coordinator.client.closure import LocalStore
 from coordinator.client.errors import RefusedError, UnreachableError
 from coordinator.errors import ConflictError, CoordinatorError, HeldError
@@ -61,7 +54,7 @@ class StreamedBuild:
         screen: Screen,
         inputs: Inputs,
         store: Callable[[str], LocalStore],
-        opening: SubmitRequest,
+        opening: SubmitBody,
     ) -> None:
         """`store` gives the store of a derivation, `opening` has all that is said of the submission but its roots."""
         self._client = client
@@ -69,8 +62,8 @@ class StreamedBuild:
         self._inputs = inputs
         self._store_of = store
         #: This run, among others with the same idempotency key.
-        self._name = secrets.token_hex(8)
-        self._opening = opening.model_copy(update={"client": self._name})
+        self._name = os.urandom(8).hex()
+        self._opening = replace(opening, client=self._name)
         #: Name of the submission, empty before there is one; whether it may still grow.
         self.id = ""
         self.is_open = False
@@ -238,7 +231,7 @@ class StreamedBuild:
         first = not self._drvs
         self._drvs += drvs
         roots = tuple(
-            RootRequest(attr=each.attr, drv=each.drv, outputs=each.outputs, limits=each.limits) for each in batch
+            RootBody(attr=each.attr, drv=each.drv, outputs=each.outputs, limits=each.limits) for each in batch
         )
         stages = ClientStages()
 
@@ -271,8 +264,8 @@ class StreamedBuild:
                 self._note(stages)
                 return
 
-    def _growth(self, roots: tuple[RootRequest, ...] = (), makers: tuple[str, ...] = ()) -> GrowRequest:
-        return GrowRequest(roots=roots, makers=makers, retry_failed=self._opening.retry_failed, client=self._name)
+    def _growth(self, roots: tuple[RootBody, ...] = (), makers: tuple[str, ...] = ()) -> GrowBody:
+        return GrowBody(roots=roots, makers=makers, retry_failed=self._opening.retry_failed, client=self._name)
 
     async def _waits_behind(self, error: Exception) -> bool:
         """Wait a moment where a refusal says that another client with the same key is ahead; False for any other."""
@@ -307,13 +300,13 @@ class StreamedBuild:
         evaluation = self.evaluation
         failed = evaluation.failed[:MAX_UNEVALUATED]
         not_evaluated = tuple(
-            UnevaluatedAttr(attr=kept_text(each.attr), message=kept_text(each.error)) for each in failed
+            UnevaluatedBody(attr=kept_text(each.attr), message=kept_text(each.error)) for each in failed
         )
         stages = tuple(
-            ClientStage(name=name, begin=begin, end=begin + max(0.0, sum_s))
+            StageBody(name=name, begin=begin, end=begin + max(0.0, sum_s))
             for name, (begin, sum_s) in self._stages.items()
         )
-        request = SealRequest(
+        request = SealBody(
             not_evaluated=not_evaluated,
             unevaluated=len(evaluation.failed),
             incomplete=kept_text(incomplete),

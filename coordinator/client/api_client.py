@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
         TrackRequest,
     )
     from coordinator.api.timeline_models import AttemptView, HistoryView
+    from coordinator.client.bodies import GrowBody, MembersBody, SealBody, SubmitBody
     from infra.retry import RetryBudget
 
 #: Seconds of silence on a stream before it is taken for broken.
@@ -88,7 +89,7 @@ class ApiClient(Transport):
     Every method raises `UnreachableError` where the coordinator does not answer and `RefusedError` where it refuses.
     """
 
-    async def missing(self, query: IntakeQuery) -> IntakeMissing:
+    async def missing(self, query: IntakeQuery | MembersBody) -> IntakeMissing:
         """Ask once which members of a closure must be sent."""
         return await self._one(routes.MISSING, data=_json(query))
 
@@ -135,19 +136,20 @@ class ApiClient(Transport):
         """Return which derivations the coordinator has, and which make some paths."""
         return await self._one(mirror_routes.KNOWN_DERIVATIONS, data=_json(query))
 
-    async def submit(self, request: SubmitRequest) -> SubmissionView:
+    async def submit(self, request: SubmitRequest | SubmitBody) -> SubmissionView:
         """Submit derivations that the coordinator has.
 
         The idempotency key, made here where the request has none, makes it one submission however often it is sent.
         """
-        key = request.idempotency_key or secrets.token_hex(16)
-        return await self._one(routes.SUBMIT, data=_json(request.model_copy(update={"idempotency_key": key})))
+        key = request.idempotency_key or os.urandom(16).hex()
+        body = orjson.loads(_json(request)) | {"idempotency_key": key}
+        return await self._one(routes.SUBMIT, data=orjson.dumps(body))
 
-    async def grow(self, submission: str, request: GrowRequest) -> SubmissionView:
+    async def grow(self, submission: str, request: GrowRequest | GrowBody) -> SubmissionView:
         """Give an open submission further roots; a repeat is a no-op."""
         return await self._one(routes.GROW, {"id": submission}, data=_json(request))
 
-    async def seal(self, submission: str, request: SealRequest) -> SubmissionView:
+    async def seal(self, submission: str, request: SealRequest | SealBody) -> SubmissionView:
         """End the growth of an open submission; a repeat is a no-op."""
         return await self._one(routes.SEAL, {"id": submission}, data=_json(request))
 
@@ -471,8 +473,13 @@ class ApiClient(Transport):
             params["after"] = following
 
 
-def _json(request: Request) -> bytes:
-    return orjson.dumps(request.model_dump(mode="json"))
+def _json(body: object) -> bytes:
+    """Return a body of `coordinator.client.bodies`, or a model of `coordinator.api.requests`, as JSON."""
+    return orjson.dumps(body, default=_dumped)
+
+
+def _dumped(model: Request) -> dict[str, object]:
+    return model.model_dump(mode="json")
 
 
 def _next_cursor(answer: Answer) -> str:

@@ -17,7 +17,7 @@ from infra.nix.errors import FormatError, NixError
 from infra.nix.path_info import PathInfo
 
 if TYPE_CHECKING:
-    from coordinator.api.streams import SourceHeader
+    from coordinator.api.sent_streams import SourceHeader
     from infra.nix.drv_head import DrvHead
 
 #: Content addresses by which `infra.nix.ca` verifies a source.
@@ -269,7 +269,7 @@ async def describe_sources(store: LocalStore, paths: Sequence[str], env: Mapping
     Raises:
         ClosureError: A path is not valid in the store, or the store does not answer.
     """
-    from coordinator.api.streams import SourceHeader  # noqa: PLC0415 - slow to import, and a push describes no source
+    from coordinator.api.sent_streams import SourceHeader  # noqa: PLC0415 - slow to import, and a push describes no source
 
     if not paths:
         return Sources((), {})

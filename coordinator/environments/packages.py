@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
 
-from coordinator.api.requests import RootRequest, SubmitRequest, kept_text
+from coordinator.api.limits import kept_text
+from coordinator.api.requests import RootRequest, SubmitRequest
 from coordinator.defaults import OPERATOR
 from coordinator.environments.coverage import PackageStanding
 from coordinator.environments.model import Environment, EnvironmentRevision

@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import stat
 import time
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
-from pydantic import TypeAdapter, ValidationError
+import orjson
 
+from coordinator.api.decoding import decoder
+from coordinator.api.root_limits import RootLimits
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, LeftOut
 
 MAX_BYTES: Final = 256 * 1024 * 1024
@@ -34,7 +34,7 @@ MAX_ENTRY_BYTES: Final = 256 * 1024 * 1024
 MAX_AGE_S: Final = 30 * 24 * 3600.0
 _DIGEST_BYTES: Final = 32
 #: Part of every key: entries of another form are not found.
-FORM: Final = "1"
+FORM: Final = "2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,39 @@ class KeptFindings:
     failed: tuple[AttrPlace, ...] = ()
 
 
-@cache
-def _entry() -> TypeAdapter[KeptFindings]:
-    """Return what reads and writes entries, which takes a while to make."""
-    return TypeAdapter(KeptFindings)
+#: Fields of records, in their order.
+_PlaceRow: TypeAlias = tuple[int, int, tuple[str, ...], bool]
+_RootRow: TypeAlias = tuple[str, str, tuple[str, ...], RootLimits | None, tuple[str, ...]]
+_LeftRow: TypeAlias = tuple[str, bool]
+
+
+@dataclass(frozen=True, slots=True)
+class _KeptRows:
+    """`KeptFindings` as they lie in a file: a place is a row of its fields, and so is what was found there."""
+
+    roots: tuple[tuple[_PlaceRow, _RootRow], ...]
+    left: tuple[tuple[_PlaceRow, _LeftRow], ...]
+    failed: tuple[_PlaceRow, ...]
+
+
+def _packed(findings: KeptFindings) -> bytes:
+    roots = [(_row(place), _row(found)) for place, found in findings.found if isinstance(found, EvaluatedRoot)]
+    left = [(_row(place), _row(found)) for place, found in findings.found if isinstance(found, LeftOut)]
+    entry = {"roots": roots, "left": left, "failed": [_row(place) for place in findings.failed]}
+    return zlib.compress(orjson.dumps(entry), 1)
+
+
+def _row(record: AttrPlace | EvaluatedRoot | LeftOut) -> list[object]:
+    return [getattr(record, field.name) for field in fields(record)]
+
+
+def _unpacked(packed: bytes) -> KeptFindings:
+    """Read an entry. Raises `ValueError`, `TypeError`, `KeyError` or `zlib.error` where it is none."""
+    data = zlib.decompressobj().decompress(packed, MAX_ENTRY_BYTES)
+    entry: _KeptRows = decoder(_KeptRows)(orjson.loads(data))
+    roots = [(AttrPlace(*place), EvaluatedRoot(*found)) for place, found in entry.roots]
+    left = [(AttrPlace(*place), LeftOut(*found)) for place, found in entry.left]
+    return KeptFindings((*roots, *left), tuple(AttrPlace(*place) for place in entry.failed))
 
 
 class EvaluationCache:
@@ -75,12 +104,11 @@ class EvaluationCache:
             digest, packed = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
             if hashlib.sha256(packed).digest() != digest:
                 raise ValueError(key)  # noqa: TRY301 - as every other damage
-            unpacker = zlib.decompressobj()
-            entry = _entry().validate_json(unpacker.decompress(packed, MAX_ENTRY_BYTES))
+            entry = _unpacked(packed)
             os.utime(path)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, zlib.error, ValidationError):
+        except (OSError, ValueError, TypeError, KeyError, zlib.error):
             with suppress(OSError):
                 path.unlink()
             return None
@@ -88,12 +116,12 @@ class EvaluationCache:
 
     def put(self, key: str, findings: KeptFindings) -> None:
         """Keep findings, and remove what is old or too much."""
-        packed = zlib.compress(_entry().dump_json(findings), 1)
+        packed = _packed(findings)
         with suppress(OSError):
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not self._is_private():
                 return
-            beside = self._directory / f"{key}.{secrets.token_hex(8)}.new"
+            beside = self._directory / f"{key}.{os.urandom(8).hex()}.new"
             try:
                 beside.write_bytes(hashlib.sha256(packed).digest() + packed)
                 beside.replace(self._directory / key)

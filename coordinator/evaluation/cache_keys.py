@@ -13,12 +13,13 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import orjson
 
+from coordinator.api.decoding import decoder
 from coordinator.evaluation.cache import FORM
 from coordinator.evaluation.flakes import flake_metadata
 from coordinator.evaluation.source import TREE, FlakeOrigin, NixValue, TreeOrigin, store_root
@@ -37,20 +38,23 @@ _NIX: Final = ("nix", "--extra-experimental-features", "nix-command flakes")
 _SHOW_SETTINGS: Final = (("config", "show"), ("show-config",))
 
 
-class _LockedNode(BaseModel):
-    model_config = ConfigDict(defer_build=True)
+@dataclass(frozen=True, slots=True)
+class _LockedNode:
+    PASSES_OVER: ClassVar[bool] = True
 
-    locked: dict[str, Any] = {}
+    locked: dict[str, Any] = field(default_factory=dict)
 
 
-class _FlakeLocks(BaseModel):
-    model_config = ConfigDict(defer_build=True)
+@dataclass(frozen=True, slots=True)
+class _FlakeLocks:
+    PASSES_OVER: ClassVar[bool] = True
 
     nodes: dict[str, _LockedNode]
 
 
-class _LockedFlake(BaseModel):
-    model_config = ConfigDict(defer_build=True)
+@dataclass(frozen=True, slots=True)
+class _LockedFlake:
+    PASSES_OVER: ClassVar[bool] = True
 
     path: str
     locks: _FlakeLocks
@@ -127,7 +131,7 @@ async def may_be_kept(keyed_source: KeyedSource, env: Mapping[str, str]) -> bool
                 return await asyncio.to_thread(_asks_no_clock, metadata, source.flags)
             case _:
                 return False
-    except (NotWholeError, ValidationError, NixError):
+    except (NotWholeError, NixError, ValueError, TypeError, KeyError):
         return False
 
 
@@ -152,7 +156,7 @@ def _reaches_out(source: NixValue) -> bool:
 
 def _asks_no_clock(metadata: str, flags: Sequence[str]) -> bool:
     """Return whether no file of a flake and of all its inputs asks for the time, as far as the store has them all."""
-    flake = _LockedFlake.model_validate_json(metadata)
+    flake: _LockedFlake = decoder(_LockedFlake)(orjson.loads(metadata))
     root = store_root(flags)
     store = StoreDir(flake.path.rpartition("/")[0])
     paths = [flake.path]

@@ -15,15 +15,17 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import secrets
+import os
 import sys
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import orjson
 
+from coordinator.api.decoding import decoder
 from coordinator.errors import CoordinatorError
 from coordinator.evaluation.evaluator import MAX_ANSWER_BYTES, PlaceAnswer, give_way, limit_heap, resident_bytes
 from coordinator.evaluation.long_lines import LongLines
@@ -47,25 +49,27 @@ class JobsEnded(CoordinatorError):  # noqa: N818 - named for what happened
     code: ClassVar[str] = "evaluation"
 
 
-class _MarkedFinding(BaseModel):
+@dataclass(frozen=True, slots=True)
+class _MarkedFinding:
     """Words of `tree.nix` in the place of an error."""
 
-    model_config = ConfigDict(defer_build=True)
+    PASSES_OVER: ClassVar[bool] = True
 
     left: bool = False
     endless: bool = False
     names: tuple[str, ...] = ()
 
 
-class _JobLine(BaseModel):
+@dataclass(frozen=True, slots=True)
+class _JobLine:
     """One line of nix-eval-jobs, as far as it is read."""
 
-    model_config = ConfigDict(defer_build=True)
+    PASSES_OVER: ClassVar[bool] = True
 
     attrPath: tuple[str, ...]  # noqa: N815 - its name there
     drvPath: str = ""  # noqa: N815
     error: str = ""
-    meta: PlaceAnswer = Field(default_factory=PlaceAnswer)
+    meta: PlaceAnswer = field(default_factory=PlaceAnswer)
 
 
 async def findings_of_jobs(
@@ -76,7 +80,7 @@ async def findings_of_jobs(
     Raises:
         JobsEnded: It did not get to the end.
     """
-    token = f"drover-{secrets.token_hex(16)}"
+    token = f"drover-{os.urandom(16).hex()}"
     try:
         child = await ChildProcess.start(
             [PROGRAM, *_flags(limits), *source.all_flags, "--expr", source.jobs(token)],
@@ -182,16 +186,16 @@ class _JobsRun:
 
 def _findings(number: int, source: NixValue, token: str, line: bytes) -> list[tuple[AttrPlace, Finding]]:
     try:
-        job = _JobLine.model_validate_json(line)
+        job: _JobLine = decoder(_JobLine)(orjson.loads(line))
         at, *names = job.attrPath
         place = AttrPlace(number, int(at.removeprefix("#")), tuple(name.removeprefix("#") for name in names))
         label = source.asked[place.at].label
-    except (ValidationError, ValueError, IndexError):
+    except (ValueError, TypeError, LookupError):
         text = line[:100].decode(errors="replace")
         raise JobsEnded(f"{PROGRAM} printed {text!r}, which is none of its lines") from None
     attr = join_attr(label, place.path)
     if job.drvPath:
-        return [(place, job.meta.model_copy(update={"drv": job.drvPath}).root(attr))]
+        return [(place, replace(job.meta, drv=job.drvPath).root(attr))]
     message = plain(job.error)
     marked = _marked(token, message)
     if marked is None:
@@ -209,9 +213,10 @@ def _findings(number: int, source: NixValue, token: str, line: bytes) -> list[tu
 def _marked(token: str, message: str) -> _MarkedFinding | None:
     """Return what `tree.nix` says in the place of an error; None where it is one."""
     _, found, text = message.partition(f"{token} ")
-    with suppress(ValidationError):
+    with suppress(ValueError, TypeError, LookupError):
         if found:
-            return _MarkedFinding.model_validate_json(text.splitlines()[0])
+            marked: _MarkedFinding = decoder(_MarkedFinding)(orjson.loads(text.splitlines()[0]))
+            return marked
     return None
 
 

@@ -16,13 +16,15 @@ import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+import orjson
 
+from coordinator.api.decoding import decoder
 from coordinator.api.limits import MAX_LIMIT
-from coordinator.api.requests import RootLimits
+from coordinator.api.root_limits import NO_LIMITS, RootLimits
 from coordinator.errors import CoordinatorError
 from coordinator.evaluation.long_lines import READ_BYTES, LongLines
 from coordinator.evaluation.messages import error_line, without_noise
@@ -65,14 +67,15 @@ class EvaluatorFailed(CoordinatorError):  # noqa: N818 - named for what happened
         super().__init__(error_line(messages) or "the evaluator ended in the middle of an evaluation")
 
 
-class PlaceAnswer(BaseModel):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaceAnswer:
     """Finding of `tree.nix` at a place; all empty where nothing is there that could be built."""
 
-    model_config = ConfigDict(defer_build=True)
+    PASSES_OVER: ClassVar[bool] = True
 
     drv: str = ""
     output: str = ""
-    limits: RootLimits = Field(default_factory=RootLimits)
+    limits: RootLimits = NO_LIMITS
     maintainers: tuple[str, ...] = ()
     #: Names of a set that is entered.
     names: tuple[str, ...] = ()
@@ -81,11 +84,12 @@ class PlaceAnswer(BaseModel):
     #: It is a set that does not ask to be entered.
     left: bool = False
 
-    @field_validator("limits", mode="before")
     @classmethod
-    def _bounded(cls, limits: dict[str, int]) -> dict[str, int]:
-        """Take a limit that no build can reach for the largest that may be named."""
-        return {name: min(limit, MAX_LIMIT) for name, limit in limits.items()}
+    def read(cls, data: bytes) -> PlaceAnswer:
+        """Read an answer. Raises `ValueError`, `TypeError` or `KeyError` where it is none."""
+        kind: Any = cls
+        answer: PlaceAnswer = decoder(kind)(orjson.loads(data))
+        return answer
 
     def root(self, attr: str) -> EvaluatedRoot | FailedAttr:
         """Return the derivation that was found, as the finding of an attribute."""
@@ -93,8 +97,13 @@ class PlaceAnswer(BaseModel):
         if drv is None:
             return FailedAttr(attr, f"its derivation is {self.drv[:200]!r}, which is no path of one")
         outputs = () if self.output == "out" else (self.output,)
-        limits = self.limits if self.limits != RootLimits() else None
+        limits = _bounded(self.limits) if self.limits != NO_LIMITS else None
         return EvaluatedRoot(attr or drv.attr, drv.drv, outputs, limits, self.maintainers)
+
+
+def _bounded(limits: RootLimits) -> RootLimits:
+    """Take a limit that no build can reach for the largest that may be named."""
+    return RootLimits(**{name: min(limit, MAX_LIMIT) for name, limit in asdict(limits).items()})
 
 
 class Evaluator:
@@ -169,8 +178,8 @@ class Evaluator:
         if found is None:
             return None, await self._whole_error(place) if _ENDED_EARLY in messages else messages
         try:
-            return PlaceAnswer.model_validate_json(found), messages
-        except ValidationError:
+            return PlaceAnswer.read(found), messages
+        except (ValueError, TypeError, KeyError):
             raise EvaluatorFailed(f"error: the evaluator answered {found[:200]!r}, which is no answer") from None
 
     def kill(self) -> None:

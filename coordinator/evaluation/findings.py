@@ -12,10 +12,10 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from pathlib import Path
+from os.path import isfile
 from typing import Final, TypeAlias
 
-from coordinator.api.requests import RootLimits
+from coordinator.api.root_limits import RootLimits
 from coordinator.evaluation.cache import EvaluationCache, KeptFindings
 from coordinator.evaluation.cache_keys import (
     NEEDS_MORE,
@@ -281,4 +281,5 @@ async def _plan(source: NixValue, program: str, means: EvaluationMeans) -> _Sour
 def _all_there(kept: KeptFindings, flags: Sequence[str]) -> bool:
     """Return whether the store has all derivations that were found."""
     root = store_root(flags)
-    return all(Path(f"{root}{each.drv}").is_file() for _, each in kept.found if isinstance(each, EvaluatedRoot))
+    # A question for each of thousands: no object of a path for it.
+    return all(isfile(f"{root}{each.drv}") for _, each in kept.found if isinstance(each, EvaluatedRoot))  # noqa: PTH113

@@ -6,12 +6,13 @@ import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import orjson
 
+from coordinator.api.decoding import decoder
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.messages import error_line
 from coordinator.evaluation.model import join_attr, split_attr
@@ -32,29 +33,32 @@ _FATAL: Final = re.compile(r"^fatal: (.+)$", re.MULTILINE)
 _NIX: Final = ("nix", "--extra-experimental-features", "nix-command flakes")
 
 
-class _LockedInput(BaseModel):
-    model_config = ConfigDict(defer_build=True)
+@dataclass(frozen=True, slots=True)
+class _LockedInput:
+    PASSES_OVER: ClassVar[bool] = True
 
     #: Name of an input -> its node, or the path to one.
-    inputs: dict[str, str | list[str]] = {}
-    locked: dict[str, Any] = {}
+    inputs: dict[str, str | tuple[str, ...]] = field(default_factory=dict)
+    locked: dict[str, Any] = field(default_factory=dict)
 
 
-class _LockGraph(BaseModel):
-    model_config = ConfigDict(defer_build=True)
+@dataclass(frozen=True, slots=True)
+class _LockGraph:
+    PASSES_OVER: ClassVar[bool] = True
 
-    nodes: dict[str, _LockedInput] = {}
+    nodes: dict[str, _LockedInput] = field(default_factory=dict)
     root: str = "root"
 
 
-class _Metadata(BaseModel):
-    model_config = ConfigDict(defer_build=True)
+@dataclass(frozen=True, slots=True)
+class _Metadata:
+    PASSES_OVER: ClassVar[bool] = True
 
     url: str
     #: Store path of its files.
     path: str = ""
-    resolved: dict[str, Any] = {}
-    locks: _LockGraph = Field(default_factory=_LockGraph)
+    resolved: dict[str, Any] = field(default_factory=dict)
+    locks: _LockGraph = field(default_factory=_LockGraph)
 
 
 def is_flake(text: str) -> bool:
@@ -96,8 +100,8 @@ async def flake_value(
     """
     metadata = await flake_metadata(reference, flags, env, on_messages)
     try:
-        found = _Metadata.model_validate_json(metadata)
-    except ValidationError:
+        found: _Metadata = decoder(_Metadata)(orjson.loads(metadata))
+    except (ValueError, TypeError, KeyError):
         raise EvaluationError(f"Nix says nothing of where the flake {reference} is") from None
     for directory in await asyncio.to_thread(_own_inputs, found, store_root(flags)):
         await _add_source(directory, flags, env)

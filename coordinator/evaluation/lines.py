@@ -7,10 +7,12 @@ are not all there) both. Source: src/drv.cc and src/constituents.cc of nix-eval-
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from dataclasses import dataclass
+from typing import ClassVar, Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import orjson
 
+from coordinator.api.decoding import decoder
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.messages import error_line, plain, position
 from coordinator.evaluation.model import EvaluatedRoot, FailedAttr, parse_drv
@@ -19,10 +21,11 @@ from coordinator.evaluation.model import EvaluatedRoot, FailedAttr, parse_drv
 _SHOWN: Final = 100
 
 
-class _Job(BaseModel):
+@dataclass(frozen=True, slots=True)
+class _Job:
     """One line of nix-eval-jobs, as far as it is read."""
 
-    model_config = ConfigDict(defer_build=True)
+    PASSES_OVER: ClassVar[bool] = True
 
     attr: str
     drvPath: str = ""  # noqa: N815 - its name there
@@ -67,8 +70,9 @@ def read_attrs(lines: Iterable[str]) -> tuple[str, ...]:
 
 def _job(number: int, text: str) -> _Job:
     try:
-        return _Job.model_validate_json(text)
-    except ValidationError:
+        job: _Job = decoder(_Job)(orjson.loads(text))
+    except (ValueError, TypeError, KeyError):
         raise EvaluationError(
             f"line {number} of standard input, {text[:_SHOWN]!r}, is no line of nix-eval-jobs"
         ) from None
+    return job

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from coordinator.api.requests import RootLimits
+from coordinator.api.root_limits import RootLimits
 from infra.nix.store_path import drv_name_of
 
 #: Attributes that a sentence names; it counts the rest.

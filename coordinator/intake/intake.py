@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from coordinator.api.models import IntakeMissing
 from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
-from coordinator.api.streams import FramingError, StreamLimits, read_derivations, read_sources
+from coordinator.api.sent_streams import FramingError
+from coordinator.api.streams import StreamLimits, read_derivations, read_sources
 from coordinator.errors import IntakeError, MissingMemberError, UnavailableError
 from coordinator.intake.errors import StoreDirError
 from coordinator.intake.fixed_outputs import FixedOutputs
@@ -311,7 +312,7 @@ class Intake:
             if name not in outputs:
                 raise IntakeError(f"{root.drv} has no output {name}; it has {', '.join(outputs)}")
         wanted = tuple((name, path) for name, path in node.outputs if not root.outputs or name in root.outputs)
-        limits = ResourceLimits(**root.limits.model_dump()) if root.limits else None
+        limits = ResourceLimits(**asdict(root.limits)) if root.limits else None
         return RootNote(root.attr, self._store_dir.full(node.drv), node.step, wanted, limits)
 
     async def _load(

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from coordinator.api.models import StepStatus, SubmissionState
-from coordinator.api.requests import RootLimits, RootRequest, SubmitRequest
+from coordinator.api.requests import RootRequest, SubmitRequest
+from coordinator.api.root_limits import RootLimits
 from coordinator.defaults import OPERATOR
 from coordinator.engine.engine import Engine
 from coordinator.errors import BadRequestError, ConflictError, ForbiddenError, IntakeError

@@ -11,8 +11,8 @@ from contextlib import suppress
 from hashlib import sha256
 from typing import Final
 
+from coordinator.api.limits import MAX_UNEVALUATED, kept_text
 from coordinator.api.requests import (
-    MAX_UNEVALUATED,
     GrowRequest,
     RemoteEvaluationRequest,
     RootRequest,
@@ -20,7 +20,6 @@ from coordinator.api.requests import (
     SubmissionOrigin,
     SubmitRequest,
     UnevaluatedAttr,
-    kept_text,
 )
 from coordinator.errors import CoordinatorError, HeldError
 from coordinator.intake.growth import Growth

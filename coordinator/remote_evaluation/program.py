@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from coordinator.api.models import IntakeMissing
 from coordinator.api.requests import IntakeQuery, RootRequest
-from coordinator.api.streams import SourceHeader, encode_derivations, encode_sources, in_thread
+from coordinator.api.sent_streams import SourceHeader, encode_derivations, encode_sources, in_thread
 from coordinator.api.trees import TreeBounds, TreeReader
 from coordinator.client.closure import LocalStore, describe_sources, read_closure
 from coordinator.errors import CoordinatorError

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from coordinator.api.evaluations import EvaluationState, EvaluationView, FailedAttrView
-from coordinator.api.requests import MAX_ROOTS, RemoteEvaluationRequest, RootRequest
+from coordinator.api.limits import MAX_ROOTS
+from coordinator.api.requests import RemoteEvaluationRequest, RootRequest
 from coordinator.remote_evaluation.errors import RemoteFailedError
 from coordinator.remote_evaluation.frames import BadFrameError, FrameKind
 from coordinator.remote_evaluation.jobs import FailedAttrs, FoundRoots

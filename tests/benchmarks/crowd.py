@@ -28,7 +28,7 @@ import aiohttp
 from pydantic import BaseModel, ConfigDict
 
 from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
-from coordinator.api.streams import encode_derivations, in_thread
+from coordinator.api.sent_streams import encode_derivations, in_thread
 from coordinator.client.api_client import ApiClient
 from tests.benchmarks.observability_farm import Place
 from tests.benchmarks.observability_loads import PATIENCE_S, SLICE_S, coordinator

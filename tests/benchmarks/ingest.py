@@ -38,7 +38,7 @@ from pathlib import Path
 import uvloop
 
 from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
-from coordinator.api.streams import encode_derivations
+from coordinator.api.sent_streams import encode_derivations
 from coordinator.client.closure import LocalStore, read_closure
 from coordinator.intake.intake import Intake
 from coordinator.intake.verifier_pool import VerifierPool

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import aiohttp
 
-from coordinator.api.streams import encode_derivations, in_thread
+from coordinator.api.sent_streams import encode_derivations, in_thread
 from coordinator.client.api_client import ApiClient
 from infra.nix import narinfo
 from infra.nix.store_path import StoreDir

@@ -26,7 +26,7 @@ import uvloop
 from pydantic import BaseModel, ConfigDict
 
 from coordinator.api.requests import RootRequest, SubmitRequest
-from coordinator.api.streams import encode_derivations
+from coordinator.api.sent_streams import encode_derivations
 from coordinator.caches import housekeeping
 from coordinator.caches.housekeeping import SUBMISSION
 from coordinator.config import Settings

@@ -14,7 +14,7 @@ import pytest
 
 from coordinator.api.models import Ended, StepStatus, SubmissionView, WatchEvent
 from coordinator.api.requests import ClientStage, IntakeQuery, RootRequest, SubmitRequest
-from coordinator.api.streams import encode_derivations, in_thread
+from coordinator.api.sent_streams import encode_derivations, in_thread
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import LocalStore, describe_sources, read_closure
 from coordinator.config import LimitSettings, OwnerSettings, Settings

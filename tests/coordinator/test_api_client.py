@@ -17,7 +17,7 @@ from aiohttp import web
 
 from coordinator.api.models import Counts, Ended, Snapshot, SubmissionState, SubmissionView
 from coordinator.api.requests import IntakeQuery
-from coordinator.api.streams import FramingError
+from coordinator.api.sent_streams import FramingError
 from coordinator.client import token as token_module
 from coordinator.client import transport
 from coordinator.client.api_client import ApiClient

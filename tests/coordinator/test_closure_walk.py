@@ -15,7 +15,7 @@ import pytest
 
 from coordinator.api.models import SubmissionView
 from coordinator.api.requests import GrowRequest, RootRequest, SubmitRequest
-from coordinator.api.streams import encode_derivations, in_thread
+from coordinator.api.sent_streams import encode_derivations, in_thread
 from coordinator.cli.sending import ClientStages, SentParts, send_closure, taken_after_sending
 from coordinator.client import closure_walk
 from coordinator.client.closure import LocalStore, read_closure

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from coordinator.api.requests import RootRequest, SubmitRequest
-from coordinator.api.streams import encode_derivations, in_thread
+from coordinator.api.sent_streams import encode_derivations, in_thread
 from coordinator.cli.demand import demand_lines
 from coordinator.client.api_client import ApiClient
 from coordinator.config import Settings

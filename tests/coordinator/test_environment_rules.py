@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.api.limits import MAX_TEXT_BYTES
 from coordinator.api.plan_models import PlanState, PlanView, UpstreamPlan, WishPlan
-from coordinator.api.requests import MAX_TEXT_BYTES
 from coordinator.environments.coverage import (
     DAY_S,
     PackageStanding,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.api.requests import RootLimits
+from coordinator.api.root_limits import RootLimits
 from coordinator.client.closure import ClosureError, LocalStore, describe_sources, local_store, read_closure
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.evaluator import NICER

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from coordinator.api.requests import MAX_ROOTS, IntakeQuery, RootRequest, SubmitRequest
-from coordinator.api.streams import LARGE_BYTES, FramingError, SourceHeader, encode_derivations, encode_sources
+from coordinator.api.limits import MAX_ROOTS
+from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
+from coordinator.api.sent_streams import FramingError, SourceHeader, encode_derivations, encode_sources
+from coordinator.api.streams import LARGE_BYTES
 from coordinator.errors import IntakeError, MissingMemberError, UnavailableError
 from coordinator.intake.errors import DerivationRefusedError, StoreDirError, TooLargeError
 from coordinator.intake.graph import Planned
@@ -421,7 +423,7 @@ async def test_a_built_path_among_the_sources_is_made_by_the_derivation_that_mak
     with pytest.raises(MissingMemberError, match="maker"):
         await room.submit(user)
     header, nar = text("maker", b"forged")
-    forged = header.model_copy(update={"path": path.rpartition("/")[2]})
+    forged = replace(header, path=path.rpartition("/")[2])
     with pytest.raises(SourceRefusedError, match="drover cache push"):
         await send_sources(room, (forged, nar))
     wish = SubmitRequest(roots=(RootRequest(attr="user", drv=user.drv),), makers=(maker.drv,))

@@ -12,7 +12,7 @@ from aiohttp.test_utils import TestServer
 
 from coordinator.api.models import SubmissionState
 from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
-from coordinator.api.streams import encode_derivations, in_thread
+from coordinator.api.sent_streams import encode_derivations, in_thread
 from coordinator.client.api_client import ApiClient
 from coordinator.config import CacheSettings, Settings, UpstreamSettings
 from coordinator.errors import MissingMemberError

@@ -20,7 +20,7 @@ import pytest
 
 from coordinator.api.models import StepStatus
 from coordinator.api.requests import RootRequest, SubmitRequest
-from coordinator.api.streams import encode_derivations, in_thread
+from coordinator.api.sent_streams import encode_derivations, in_thread
 from coordinator.intake.submissions import Submissions
 from infra import slices
 from scheduler import events as e

@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 
 import pytest
 
-from coordinator.api.requests import RootLimits
+from coordinator.api.root_limits import RootLimits
 from coordinator.engine.replay import with_limits
 from coordinator.journal.codec import RootNote, StoredNote, SubmissionNote, decode_note, encode_note
 from coordinator.journal.errors import CodecError
@@ -40,7 +40,7 @@ def test_a_journal_whose_facts_have_no_limits_gets_those_of_its_notes() -> None:
 def test_limits_have_the_same_names_in_a_request_in_the_core_and_in_an_order() -> None:
     """They are converted by name, so one that is left out of a record would be lost on the way."""
     names = [field.name for field in fields(ResourceLimits)]
-    assert list(RootLimits.model_fields) == list(BuildLimits.model_fields) == names
+    assert [field.name for field in fields(RootLimits)] == list(BuildLimits.model_fields) == names
 
 
 def test_limits_of_an_order_stand_where_an_agent_of_protocol_2_reads_them() -> None:

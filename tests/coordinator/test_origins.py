@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from coordinator.api.models import SubmissionView
 from coordinator.api.requests import RootRequest, SubmitRequest
-from coordinator.api.streams import encode_derivations, in_thread
+from coordinator.api.sent_streams import encode_derivations, in_thread
 from coordinator.cli.commands import cli
 from coordinator.cli.origin import ClaimedOrigin, TagError, origin_of, parse_tags
 from coordinator.client.api_client import ApiClient

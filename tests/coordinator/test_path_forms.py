@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from coordinator.api.streams import SourceHeader
+from coordinator.api.sent_streams import SourceHeader
 from coordinator.journal.codec import Evidence, decode_evidence, encode_evidence
 from infra.daemon.values import decode_path_info, encode_path_info
 from infra.daemon.wire import Encoder, Inbox

@@ -27,6 +27,7 @@ from coordinator.cli.proof import ProofMeans
 from coordinator.cli.screen import Screen
 from coordinator.cli.wish_reading import WishRequest
 from coordinator.client.api_client import ApiClient
+from coordinator.client.bodies import SubmitBody
 from coordinator.client.closure import ClosureError, LocalStore
 from coordinator.client.errors import RefusedError
 from coordinator.errors import MissingMemberError, NotFoundError
@@ -83,7 +84,7 @@ class FarmStub(ApiClient):
             )
         ]
 
-    async def submit(self, request: SubmitRequest) -> SubmissionView:
+    async def submit(self, request: SubmitRequest | SubmitBody) -> SubmissionView:
         raise RefusedError(422, MissingMemberError.code, f"a source of {request.roots[0].drv} was collected")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from coordinator.api.models import SubmissionState
 from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
-from coordinator.api.streams import encode_derivations, in_thread
+from coordinator.api.sent_streams import encode_derivations, in_thread
 from tests.coordinator.conftest import OpenedFarm, OpenFarm
 from tests.support.cache import base_name, store_path, uploaded_claim
 from tests.support.graphs import Made, Maker

@@ -14,8 +14,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from coordinator.api.models import StepStatus, SubmissionState
+from coordinator.api.sent_streams import encode_derivations, in_thread
 from coordinator.api.source_routes import SourceTrouble
-from coordinator.api.streams import encode_derivations, in_thread
 from coordinator.cli.question_commands import TROUBLES
 from coordinator.cli.sources import source_lines
 from coordinator.client.api_client import ApiClient

@@ -12,16 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.api import zstd_blocks
-from coordinator.api.streams import (
+from coordinator.api.sent_streams import (
     DERIVATIONS_MAGIC,
     FramingError,
     SourceHeader,
-    StreamLimits,
     encode_derivations,
     encode_sources,
-    read_derivations,
-    read_sources,
 )
+from coordinator.api.streams import StreamLimits, read_derivations, read_sources
 
 LIMITS = StreamLimits(max_records=1000, max_record_bytes=1 << 20, max_bytes=1 << 24)
 MEMBERS = [(f"name-{n}.drv", random.Random(n).randbytes(n * 50)) for n in range(40)]

@@ -16,7 +16,7 @@ import zstandard
 
 from coordinator.api.evaluations import EvaluationState, EvaluationView
 from coordinator.api.requests import RemoteEvaluationRequest, TrackRequest
-from coordinator.api.streams import in_thread
+from coordinator.api.sent_streams import in_thread
 from coordinator.api.trees import MAX_DEPTH, compressed
 from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import RefusedError

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from coordinator.api.requests import MAX_ROOTS
-from coordinator.api.streams import encode_derivations
+from coordinator.api.limits import MAX_ROOTS
+from coordinator.api.sent_streams import encode_derivations
 from coordinator.intake.limits import IntakeLimits
 from tests.support.attack import FarmUnderAttack
 from tests.support.graphs import Maker

@@ -12,7 +12,7 @@ from typing import Any
 
 from coordinator.api.evaluations import EvaluationView
 from coordinator.api.requests import RemoteEvaluationRequest
-from coordinator.api.streams import in_thread
+from coordinator.api.sent_streams import in_thread
 from coordinator.api.trees import compressed
 from coordinator.client.api_client import ApiClient
 from coordinator.config import OwnerSettings, Settings

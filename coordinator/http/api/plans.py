@@ -8,8 +8,9 @@ from typing import Any, Final
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from coordinator.api.limits import MAX_PLANNED
 from coordinator.api.plan_routes import PLAN
-from coordinator.api.requests import MAX_PLANNED, PlanQuery
+from coordinator.api.requests import PlanQuery
 from coordinator.api.route import Route
 from coordinator.http.answers import json_of
 from coordinator.http.bodies import BodyBounds, read_model

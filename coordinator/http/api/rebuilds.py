@@ -9,8 +9,9 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from coordinator.api import routes
+from coordinator.api.limits import MAX_OUTPUT_PAIRS, MAX_PAIRS, MAX_ROOTS
 from coordinator.api.rebuild_models import ComparedOutputsView, ComparedOutputView
-from coordinator.api.requests import MAX_OUTPUT_PAIRS, MAX_PAIRS, MAX_ROOTS, ForecastQuery, PairsQuery
+from coordinator.api.requests import ForecastQuery, PairsQuery
 from coordinator.api.route import Route
 from coordinator.errors import IntakeError, UnavailableError
 from coordinator.http.answers import json_of

@@ -14,8 +14,9 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from coordinator.api import routes
+from coordinator.api.limits import MAX_ROOTS
 from coordinator.api.models import FarmView, RetryView, StepStatus
-from coordinator.api.requests import MAX_ROOTS, BumpRequest, GrowRequest, IntakeQuery, SealRequest, SubmitRequest
+from coordinator.api.requests import BumpRequest, GrowRequest, IntakeQuery, SealRequest, SubmitRequest
 from coordinator.api.route import Route
 from coordinator.config import LimitSettings
 from coordinator.engine.engine import Engine

@@ -1,0 +1,20 @@
+"""Bounds of a field, said without pydantic and kept by it: records have them that clients make and strangers send.
+
+A client makes such a record as it is, and imports no pydantic for it. Where bytes of a stranger become one, pydantic
+reads the bounds from its annotations, as those of any model.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+
+class Bounds:
+    """Keywords of pydantic's schema of a number or a text: `ge`, `le`, `lt`, `max_length`."""
+
+    def __init__(self, **keywords: int) -> None:
+        self.keywords: Final = keywords
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """Add the keywords to the schema of the annotated type."""
+        return {**handler(source), **self.keywords}
