@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from coordinator.records import record
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class CacheView:
     """Statistics of one cache. Sizes are bytes; `saved_bytes` are those that objects shared by several paths save."""
 
@@ -23,7 +23,7 @@ class CacheView:
     public_keys: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class CacheRootView:
     """A root: `kind` is `pin`, `submission`, `push` or another; 0 for times that there are none of."""
 
@@ -35,7 +35,7 @@ class CacheRootView:
     used_at: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class KeeperView:
     """A root that keeps a path: `chain` leads from a path of the root to it, each referring to the next."""
 
@@ -45,7 +45,7 @@ class KeeperView:
     chain: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class WhyView:
     """Roots that keep a path."""
 
@@ -54,7 +54,7 @@ class WhyView:
     keepers: tuple[KeeperView, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class CollectView:
     """Report of a collection, done or only planned. Sizes are bytes, times seconds."""
 
@@ -69,7 +69,7 @@ class CollectView:
     phase_seconds: dict[str, float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class FaultView:
     """A path that is not as promised, and what was done about it."""
 
@@ -78,7 +78,7 @@ class FaultView:
     outcome: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class VerifyView:
     """Report of a verification; `faults` are at most some hundreds, `broken` counts all."""
 
@@ -90,7 +90,7 @@ class VerifyView:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class ResignView:
     """Report of signing anew."""
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Final
 
 from coordinator.api.plan_routes import PLAN_ROUTES
 from coordinator.api.route import Right, Route
+from coordinator.records import record
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class CapacityClassView:
     """Open work that requires the same of a worker."""
 
@@ -29,7 +29,7 @@ class CapacityClassView:
     hours: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class CapacityView:
     """The capacity that the farm could use, as of `at`."""
 

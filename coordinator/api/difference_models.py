@@ -5,11 +5,12 @@ Every text is printable and of bounded length, whatever a derivation holds (`inf
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
+from coordinator.records import record
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@record(frozen=True, slots=True, kw_only=True)
 class ChangeView:
     """A field of a derivation that differs; null on the side that lacks it. Long values are cut around the place."""
 
@@ -20,7 +21,7 @@ class ChangeView:
     after: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class CauseView:
     """A derivation whose own fields differ, or that could not be compared."""
 
@@ -40,7 +41,7 @@ class CauseView:
     uncompared: Literal["", "unknown", "too large"] = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class ComparedView:
     """A build that is compared."""
 
@@ -54,7 +55,7 @@ class ComparedView:
     ended_at: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class DifferenceView:
     """The difference of a step from another build, by default the last one of its name, down to the first causes."""
 
@@ -71,7 +72,7 @@ class DifferenceView:
     note: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class RunReasonView:
     """The reason why an attempt was made."""
 

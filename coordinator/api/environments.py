@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from coordinator.records import record
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class RevisionView:
     """One content that an environment had."""
 
@@ -20,7 +21,7 @@ class RevisionView:
     packages: Mapping[str, int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class PointerView:
     """Release pointer `stable` of one system."""
 
@@ -34,7 +35,7 @@ class PointerView:
     before: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class EnvironmentView:
     """A tracked environment."""
 
@@ -59,7 +60,7 @@ class EnvironmentView:
     stable: tuple[PointerView, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class GapView:
     """A package that cannot be fetched on a system."""
 
@@ -74,7 +75,7 @@ class GapView:
     since: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class TrendView:
     """Coverage of a system at the end of a week, the present one last."""
 
@@ -85,7 +86,7 @@ class TrendView:
     fetched: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SystemCoverageView:
     """Coverage of the newest revision on one system. A package counts as fetched with its whole runtime closure alone.
 
@@ -112,7 +113,7 @@ class SystemCoverageView:
     trend: tuple[TrendView, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class CoverageView:
     """Coverage of an environment."""
 

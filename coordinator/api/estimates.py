@@ -5,12 +5,11 @@ Plain records, as those of `coordinator.api.models`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from coordinator.api.models import EtaView, StepStatus
+from coordinator.records import record
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class PathStepView:
     """A step of a critical path: of the one to come, or of the one so far (then with `took_s`)."""
 
@@ -27,7 +26,7 @@ class PathStepView:
     waited_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class PathView:
     """A critical path in the order of building: some of its `count` steps, which take, or took, `seconds` in all."""
 
@@ -36,7 +35,7 @@ class PathView:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class LoadView:
     """The open work of a submission for one kind of worker."""
 
@@ -50,7 +49,7 @@ class LoadView:
     others: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SubmissionEtaView:
     """End of a submission as foreseen, what bounds it, and what has bounded its time so far."""
 
@@ -64,7 +63,7 @@ class SubmissionEtaView:
     loads: tuple[LoadView, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class ThroughputBar:
     """Count of what ended in one stretch of time."""
 
@@ -74,7 +73,7 @@ class ThroughputBar:
     reused: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class ThroughputView:
     """Count of what the farm has done, by stretches of `every_s` up to `until`, the oldest first."""
 
@@ -100,7 +99,7 @@ def _sum(bars: tuple[ThroughputBar, ...]) -> ThroughputBar:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class RunningView:
     """A running submission on the farm's list."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
+
+from coordinator.records import record
 
 #: Beginning of every evaluation's name, which no submission's has.
 EVALUATION_PREFIX: Final = "eval-"
@@ -28,7 +29,7 @@ class EvaluationState(StrEnum):
         return self in {EvaluationState.DONE, EvaluationState.FAILED, EvaluationState.CANCELLED}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class FailedAttrView:
     """An attribute that could not be evaluated."""
 
@@ -40,7 +41,7 @@ class FailedAttrView:
     position: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class EvaluationView:
     """A remote evaluation."""
 

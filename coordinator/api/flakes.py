@@ -6,10 +6,10 @@ here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from coordinator.records import record
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class RecipeRecordView:
     """Outcomes of a step's attempts with its recipe in use that ended by the build itself, as far as remembered.
 
@@ -27,7 +27,7 @@ class RecipeRecordView:
         return self.attempts - self.succeeded
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class WorkerRecordView:
     """A worker's newest attempts, and how its failures compare with other workers' at the same packages.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
+
+from coordinator.records import record
 
 #: Beginning of the name of every run of mirroring.
 MIRROR_PREFIX: Final = "mirror-"
@@ -44,7 +45,7 @@ class MirroredOutcome(StrEnum):
     REFUSED = "refused"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class MirroredPathView:
     """A full store path that was wanted."""
 
@@ -56,7 +57,7 @@ class MirroredPathView:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class KnownDerivationView:
     """A derivation that the farm has, with all that it needs."""
 
@@ -66,7 +67,7 @@ class KnownDerivationView:
     outputs: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class KnownDerivationsView:
     """Derivations of a question that the farm has, those of outputs included."""
 
@@ -75,7 +76,7 @@ class KnownDerivationsView:
     makers: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class MirrorView:
     """One run, as it stands."""
 

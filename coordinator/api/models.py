@@ -8,11 +8,12 @@ which, and `coordinator.api.requests` has what clients send.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from typing import Any, Literal, TypeAlias
 
 from coordinator.api.flakes import RecipeRecordView, WorkerRecordView
+from coordinator.records import record
 
 
 class StepStatus(StrEnum):
@@ -63,7 +64,7 @@ WaitingKind: TypeAlias = Literal[
 ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class IntakeMissing:
     """The part of the query that must be sent."""
 
@@ -73,7 +74,7 @@ class IntakeMissing:
     trouble: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Counts:
     """Steps of one submission by state. `held` and the states `done` to `abandoned` sum up to `total`."""
 
@@ -93,7 +94,7 @@ class Counts:
     abandoned: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class FailureView:
     """Reason of a step's failure."""
 
@@ -101,7 +102,7 @@ class FailureView:
     message: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class WaitingView:
     """Reason for programs that a step does not run. Fields that its kind does not use are empty.
 
@@ -129,7 +130,7 @@ class WaitingView:
     memory_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class TransferView:
     """Inputs that a running step waits for, or outputs that it sends, on their way: NAR bytes, all paths together."""
 
@@ -143,7 +144,7 @@ class TransferView:
     size_bytes: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class StepView:
     """One step as people see it."""
 
@@ -186,7 +187,7 @@ class StepView:
     record: RecipeRecordView | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class RootFailureView:
     """Reason that a root is not built: the step whose own failure is the root cause, which may be the root's."""
 
@@ -199,7 +200,7 @@ class RootFailureView:
     has_log: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class RootView:
     """A root of a submission and the step it stands on."""
 
@@ -212,7 +213,7 @@ class RootView:
     failure: RootFailureView | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class UnevaluatedView:
     """An attribute that could not be evaluated, and why; `attr` empty: the whole of what was asked for."""
 
@@ -221,7 +222,7 @@ class UnevaluatedView:
     message: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SubmissionView:
     """A submission as people see it. `stuck` holds sentences about steps that no worker can take."""
 
@@ -261,7 +262,7 @@ class SubmissionView:
     superseded_by: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class WorkerView:
     """A worker as people see it."""
 
@@ -299,7 +300,7 @@ class WorkerView:
     fetch_rate: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class RetryView:
     """Outcome of a request to build a failed step again."""
 
@@ -308,7 +309,7 @@ class RetryView:
     submissions: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class FarmView:
     """Address and keys of the farm's cache, and present obstacles to the farm's work."""
 
@@ -320,7 +321,7 @@ class FarmView:
     troubles: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class EtaView:
     """Moments between which a submission ends if its steps take as long as the builds before them, and what bounds it.
 
@@ -343,7 +344,7 @@ class EtaView:
     overdue: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class TreeNode:
     """A step's place in the forest of steps that run and of those that wait for them, one way up from each."""
 
@@ -355,7 +356,7 @@ class TreeNode:
     pending: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """First event of a stream: the whole submission and the steps that run or failed."""
 
@@ -368,7 +369,7 @@ class Snapshot:
     eta: EtaView | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class StepChanged:
     """A step of the submission changed state, stage or phase."""
 
@@ -376,7 +377,7 @@ class StepChanged:
     step: StepView
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class StepTransfer:
     """A step, and how far its transfer is."""
 
@@ -384,7 +385,7 @@ class StepTransfer:
     transfer: TransferView
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class TransfersChanged:
     """Bytes moved of steps that fetch or upload; about once a second, and at most some dozens of steps."""
 
@@ -392,7 +393,7 @@ class TransfersChanged:
     transfers: tuple[StepTransfer, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class CountsChanged:
     """Counts moved; at most a few a second."""
 
@@ -411,7 +412,7 @@ class CountsChanged:
     incomplete: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Ended:
     """Last event of a stream."""
 
@@ -422,7 +423,7 @@ class Ended:
 WatchEvent = Snapshot | StepChanged | TransfersChanged | CountsChanged | Ended
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class ErrorBody:
     """Error for a program (`code`) and for a person (`message`)."""
 
@@ -430,7 +431,7 @@ class ErrorBody:
     message: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class ErrorView:
     """The body of every answer that is not a success."""
 

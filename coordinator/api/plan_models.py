@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
+
+from coordinator.records import record
 
 #: States of a wish. `here`, `upstream`: its whole closure can be fetched. `gone`: no cache has it, and it cannot be
 #: built. `unknown`: its closure was not looked up in time.
@@ -26,7 +27,7 @@ PlanState: TypeAlias = Literal[
 UpstreamState: TypeAlias = Literal["answered", "slow", "away"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class WishPlan:
     """One wish, as it stands."""
 
@@ -53,7 +54,7 @@ class WishPlan:
     because: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SystemPlan:
     """All wishes for one system together; what is shared counts once."""
 
@@ -77,7 +78,7 @@ class SystemPlan:
     slots: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class UpstreamPlan:
     """An upstream, and paths that would come from it; one that is `slow` or `away` counts as having nothing."""
 
@@ -86,7 +87,7 @@ class UpstreamPlan:
     paths: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class PlanView:
     """Plan of a wish list."""
 

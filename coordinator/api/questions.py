@@ -5,16 +5,16 @@ Plain records, as those of `coordinator.api.models`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from coordinator.api.difference_models import DifferenceView, RunReasonView
 from coordinator.api.estimates import RunningView, ThroughputView
 from coordinator.api.flakes import WorkerRecordView
 from coordinator.api.models import StepView, TransferView, WorkerState
+from coordinator.records import record
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class WantedView:
     """A submission that wants a step, and one way to it: `path` names steps from the root `attr` down to it."""
 
@@ -33,7 +33,7 @@ CostName: TypeAlias = Literal["fetch_s", "upload_s", "cpu_s", "cores", "output_b
 CandidateState: TypeAlias = Literal["free", "full", "holds", "probation", "quarantined", "draining", "avoided"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class CandidateView:
     """A worker that was looked at for a step."""
 
@@ -53,7 +53,7 @@ class CandidateView:
     fetch_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class CostView:
     """One cost that is expected of a build: the median of earlier ones, how far they lie apart, and whence it is."""
 
@@ -64,7 +64,7 @@ class CostView:
     builds: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class PlacingView:
     """Rank of a step that is not finished, the time that it should take, and the workers that were looked at."""
 
@@ -88,7 +88,7 @@ class PlacingView:
     costs: tuple[CostView, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class StepReasonsView:
     """The reasons why a step waits, failed, is built or was built."""
 
@@ -108,7 +108,7 @@ class StepReasonsView:
     difference: DifferenceView | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SlotView:
     """A step in a worker's hands."""
 
@@ -122,7 +122,7 @@ class SlotView:
     transfer: TransferView | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class WorkerActivityView:
     """A worker and what it does now; `leases` are the first of `lease_count`."""
 
@@ -137,7 +137,7 @@ class WorkerActivityView:
     record: WorkerRecordView | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class QueueView:
     """Ready steps that require the same, and what they wait for."""
 
@@ -147,7 +147,7 @@ class QueueView:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class ActivityView:
     """The farm as it is now: its workers that are there, its queues, and all steps and submissions by state."""
 
@@ -163,7 +163,7 @@ class ActivityView:
     throughput: ThroughputView | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class CompletionView:
     """A name that a shell may complete to, and a word about it."""
 
@@ -171,7 +171,7 @@ class CompletionView:
     help: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class CompletionsView:
     """Names with the requested prefix, at most some."""
 

@@ -5,10 +5,10 @@ Plain records, as those of `coordinator.api.models`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from coordinator.api.difference_models import ChangeView
+from coordinator.records import record
 
 #: `cached`: all of its outputs are in the cache. `failed`: its last build failed, or one that it stands on.
 #: `running`: a submission has it built now, or will. `unknown`: it was not built, or that is forgotten.
@@ -17,7 +17,7 @@ ForecastState: TypeAlias = Literal["cached", "failed", "running", "unknown"]
 LikenessName: TypeAlias = Literal["same", "no-op", "different", "absent", "too large", "unread"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class RootForecast:
     """A derivation of the question: its step, and what is known of that."""
 
@@ -27,7 +27,7 @@ class RootForecast:
     cause: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SystemForecast:
     """Steps that would be built for one system."""
 
@@ -41,7 +41,7 @@ class SystemForecast:
     slots: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class ForecastView:
     """Size of a submission of some derivations, before anything is built."""
 
@@ -73,7 +73,7 @@ class ForecastView:
     bound_system: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class ComparedOutputView:
     """Two outputs: their likeness, and bytes of their NARs and closures; null where that is not known."""
 
@@ -84,14 +84,14 @@ class ComparedOutputView:
     closure_after: int | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class ComparedOutputsView:
     """Likeness of each pair of the question, in its order. `unread` ones are to be asked for again."""
 
     outputs: tuple[ComparedOutputView, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class RebuildCauseView:
     """One thing that changed, or could not be compared, in `count` derivations."""
 
@@ -109,7 +109,7 @@ class RebuildCauseView:
     uncompared: Literal["", "unknown", "too large"] = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class RebuildCausesView:
     """All that many changed derivations follow from, what reaches most first."""
 

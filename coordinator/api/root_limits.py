@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Final
 
 from coordinator.api.bounds import Bounds
 from coordinator.api.limits import MAX_LIMIT
+from coordinator.records import record
 
 _LIMIT: Final = Bounds(ge=0, le=MAX_LIMIT)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class RootLimits:
     """Limits on the build of a root itself; 0: the farm's default. Its dependencies have the defaults."""
 

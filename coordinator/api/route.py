@@ -6,11 +6,12 @@ Clients import this module for one short question, so it imports no pydantic: re
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from enum import StrEnum
 from importlib import import_module
 from typing import TYPE_CHECKING, Final, Generic, Literal, TypeAlias, TypeVar
 from urllib.parse import quote
+
+from coordinator.records import record
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -120,7 +121,7 @@ RequestName: TypeAlias = Literal[
 ]
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Query:
     """One parameter of a query, `?name=…`; each may be left out."""
 
@@ -143,7 +144,7 @@ AFTER: Final = Query(
 )
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Late(Generic[_Answer]):
     """The record of an answer, which is imported when it is needed: clients have the whole table and read few answers.
 
@@ -159,7 +160,7 @@ class Late(Generic[_Answer]):
         return found
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Route(Generic[_Answer]):
     """One method of one address. `path` begins with `/`, or, below a cache's prefix, with `{prefix}/`."""
 

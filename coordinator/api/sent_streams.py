@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Annotated, ClassVar, Final
 
 import orjson
@@ -12,6 +11,7 @@ import zstandard
 
 from coordinator.api.bounds import Bounds
 from coordinator.errors import IntakeError
+from coordinator.records import record
 from infra.nix.path_info import PathInfo
 from infra.nix.store_path import StoreDir
 
@@ -32,7 +32,7 @@ class FramingError(IntakeError):
     code: ClassVar[str] = "bad_stream"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SourceHeader:
     """Description of an input source by the client's Nix; the coordinator verifies all of it."""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
 from coordinator.api.demand_routes import DEMAND
 from coordinator.api.route import Query, Right, Route
+from coordinator.records import record
 
 
 class SourceTrouble(StrEnum):
@@ -25,7 +25,7 @@ class SourceTrouble(StrEnum):
     NETWORK_ONLY = "network only"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SourceView:
     """A fixed output that the farm has not: why, and where it was looked for."""
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Generator
 from contextlib import AbstractAsyncContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Final
 
 import zstandard
@@ -36,6 +35,7 @@ from coordinator.api.sent_streams import (
     SourceHeader,
 )
 from coordinator.api.zstd_blocks import BlockCutter
+from coordinator.records import record
 from infra.validation import first_fault
 
 MAX_HEADER_BYTES = 1024 * 1024
@@ -52,7 +52,7 @@ MAX_WINDOW_BYTES = 8 * 1024 * 1024
 _HEADERS: Final = TypeAdapter(SourceHeader)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class StreamLimits:
     """Bounds of one stream; an error names the bound."""
 

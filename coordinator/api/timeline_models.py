@@ -5,13 +5,12 @@ Plain records, as those of `coordinator.api.models`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from coordinator.api.flakes import RecipeRecordView
 from coordinator.api.models import AttemptOutcome
+from coordinator.records import record
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class StretchView:
     """One stretch of an attempt, by the coordinator's clock."""
 
@@ -20,7 +19,7 @@ class StretchView:
     took_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class FetchView:
     """One input that an attempt fetched, or waited for (`shared`: another attempt had begun to fetch it)."""
 
@@ -34,7 +33,7 @@ class FetchView:
     shared: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class AttemptView:
     """One attempt of a step with its timeline. None: not known, because nothing measured it; never 0 instead.
 
@@ -84,7 +83,7 @@ class AttemptView:
     uploaded_bytes: int | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class FlakyStepView:
     """A step that failed and later succeeded with the same recipe, and the record of that recipe."""
 
@@ -93,7 +92,7 @@ class FlakyStepView:
     record: RecipeRecordView
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class WorkerTriesView:
     """Attempts of a package on one worker: those that came to an end of their own or the machine's, and failed."""
 
@@ -102,7 +101,7 @@ class WorkerTriesView:
     failed: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SystemHistoryView:
     """Newest remembered attempts of a package on one system. `usual_…` are medians of the newest successful ones."""
 
@@ -125,7 +124,7 @@ class SystemHistoryView:
     recent: tuple[AttemptView, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class HistoryView:
     """History of a package, by its name with or without version."""
 

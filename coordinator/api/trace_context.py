@@ -7,15 +7,16 @@ is read by its first four fields, as 4.2 of it asks; all zeros, and version `ff`
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Final
+
+from coordinator.records import record
 
 _FORM: Final = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(?:-[!-~]*)?")
 #: Characters of a `traceparent` that are looked at.
 MAX_TRACEPARENT: Final = 256
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class TraceContext:
     """A trace, and the span in it that is the parent."""
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import ClassVar, Final
 
 import zstandard
 
 from coordinator.errors import IntakeError
+from coordinator.records import record
 from infra.nix.errors import FormatError
 from infra.nix.nar import NarData, NarDirectory, NarDirectoryEnd, NarEvent, NarFile, NarReader, NarSymlink
 
@@ -41,7 +41,7 @@ class TreeRefusedError(IntakeError):
     code: ClassVar[str] = "bad_tree"
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class TreeBounds:
     """Bounds of one tree."""
 

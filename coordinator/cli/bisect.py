@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +33,7 @@ from coordinator.client.closure import local_store
 from coordinator.client.errors import RefusedError
 from coordinator.evaluation.pool import PoolLimits
 from coordinator.evaluation.revisions import Repository
+from coordinator.records import record
 
 #: Name of the state's file below the repository's `.git`.
 STATE: Final = "drover-bisect.json"
@@ -41,7 +42,7 @@ NAMED: Final = 20
 _SHORT: Final = 12
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class BisectRequest:
     """Arguments of the command."""
 
@@ -90,7 +91,7 @@ def bisect(connect: Callable[[], ApiClient], request: BisectRequest) -> int:
         return exit_status.INTERRUPTED
 
 
-@dataclass(slots=True)
+@record(slots=True)
 class _Begun:
     """The file of a bisection that an interruption names."""
 
@@ -198,7 +199,7 @@ class _Narrator:
         self._screen.line(f"{'skipped':<10} {revision[:_SHORT]}: {one_line(why)}", "yellow")
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class BisectReport:
     """The answer: the commits that may be the first bad one, and what is different."""
 

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +38,14 @@ from coordinator.client.closure import (
 from coordinator.client.errors import RefusedError
 from coordinator.errors import CoordinatorError, OtherWishError
 from coordinator.evaluation.model import Evaluation
+from coordinator.records import record
 from coordinator.terminal_controls import harmless
 
 if TYPE_CHECKING:
     from coordinator.cli.remote import RemoteSource
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class BuildRequest:
     """Arguments of the command."""
 
@@ -71,7 +72,7 @@ class BuildRequest:
     argstrs: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(slots=True)
+@record(slots=True)
 class _Submitted:
     """State of a followed submission that the handler of an interruption reads."""
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import dataclass
 from importlib import import_module
 
 from coordinator.client.closure import LocalStore, local_store, query_closure
 from coordinator.client.errors import BadArgumentError, ClientError, RefusedError
+from coordinator.records import record
 from infra.nix.errors import FormatError
 from infra.nix.store_path import StoreDir
 from infra.objects.errors import CacheError
 from infra.upload.errors import SenderRefusedError
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class PushRequest:
     """Arguments of the command."""
 

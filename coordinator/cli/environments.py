@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
@@ -22,6 +21,7 @@ from coordinator.cli import exit_status
 from coordinator.cli.printing import print_json, print_lines
 from coordinator.cli.rendering import counted, duration, one_line, table_lines
 from coordinator.client.api_client import ApiClient
+from coordinator.records import record
 
 #: Revisions and gaps that are listed; `--json` has all that the coordinator returns.
 LISTED: Final = 20
@@ -30,7 +30,7 @@ _MARK: Final = 12
 _DAY_S: Final = 86_400.0
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class TrackOptions:
     """The options of `track`."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import PurePath
 from typing import Final
@@ -21,13 +20,14 @@ from coordinator.evaluation.import_store import NO_IMPORTS, ImportBuilds
 from coordinator.evaluation.inputs import Inputs, evaluation_of
 from coordinator.evaluation.model import Evaluation, left_out_text, some
 from coordinator.evaluation.pool import TIMEOUT_S, PoolLimits
+from coordinator.records import record
 from coordinator.terminal_controls import harmless
 
 #: Failed attributes that are shown with all that Nix printed of them; of the others its first line.
 MAX_WHOLE: Final = 20
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class EvaluationRequest:
     """Arguments of the command that say what is built, and what its evaluation may take of this machine."""
 

@@ -7,10 +7,11 @@ waits, at last the steps that have run for the shortest time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+
+from coordinator.records import record
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Place:
     """One row of the drawing: a step, and the lines that lead to it."""
 

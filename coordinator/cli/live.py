@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from rich.cells import cell_len
@@ -21,6 +20,7 @@ from coordinator.cli.lines import Line, Piece, cell, cut, joined, plain, width_o
 from coordinator.cli.printing import size
 from coordinator.cli.progress import Progress, Tally
 from coordinator.cli.rendering import doing, duration, eta_sentence, of_size, one_line, tally, who
+from coordinator.records import record
 
 #: Rows of the forest and of workers, as parts of the window's height, and at most.
 FOREST_PART: Final = (2, 5)
@@ -50,7 +50,7 @@ SIGNS: Final[dict[str, Piece]] = {
 _SHORT_HEADS: Final = ("worker", "\u23f5", "\u2193", "\u2191", "\u2714", "\u2718")
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Window:
     """The size of a terminal in cells."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -17,6 +16,7 @@ import click
 from coordinator.api.limits import MAX_WAIT_S
 from coordinator.cli.ci import Ci
 from coordinator.defaults import URL
+from coordinator.records import record
 
 if TYPE_CHECKING:
     from coordinator.client.api_client import ApiClient
@@ -94,7 +94,7 @@ class Name(click.ParamType[str]):
         return text
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Address:
     """Address of the coordinator and the file that holds its token; empty: the default."""
 

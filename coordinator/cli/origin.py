@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final
 
 from coordinator.api.limits import MAX_BRANCH, MAX_COMMIT, MAX_PULL, MAX_TAG_KEY, MAX_TAG_VALUE, MAX_TAGS, TAG_KEY
+from coordinator.records import record
 
 _PULL_REF: Final = re.compile(r"refs/pull/([^/]+)/(?:head|merge)")
 _BRANCH_REF: Final = "refs/heads/"
@@ -39,7 +40,7 @@ class TagError(ValueError):
     """A text that is no tag."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class ClaimedOrigin:
     """Branch, pull request, commit and tags of a submission; "" where there is none."""
 

@@ -8,7 +8,6 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +27,7 @@ from coordinator.client.api_client import ApiClient
 from coordinator.client.bodies import MembersBody
 from coordinator.client.closure import ClosureError, LocalStore, local_store
 from coordinator.client.closure_walk import ClosureWalk
+from coordinator.records import record
 from coordinator.wishes.document import document_of
 from coordinator.wishes.model import WishedPaths, WishList
 from infra.nix.store_path import base_name_of
@@ -36,7 +36,7 @@ from infra.nix.store_path import base_name_of
 WIDTH: Final = 80
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class PlanRequest:
     """Arguments of the command."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from coordinator.api.plan_models import PlanState, PlanView, SystemPlan, WishPlan
@@ -12,6 +11,7 @@ from coordinator.cli.lines import Line, cell
 from coordinator.cli.printing import size
 from coordinator.cli.rebuild_markdown import code
 from coordinator.cli.rendering import LISTED, duration, one_line
+from coordinator.records import record
 
 #: State -> word of a cell, and its style.
 WORDS: Final[dict[PlanState, tuple[str, str]]] = {
@@ -41,7 +41,7 @@ MAX_ROWS: Final = 200
 _MIB: Final = 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class PlanText:
     """A plan on its way to a reader."""
 

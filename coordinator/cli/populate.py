@@ -11,7 +11,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Final
 
@@ -46,6 +46,7 @@ from coordinator.populate.model import (
     ProofState,
 )
 from coordinator.populate.steps import changed, derivations_of, drift_of, judged, refusal_to_build, targets_of, to_pull
+from coordinator.records import record
 from coordinator.wishes.model import Wish, WishedAttribute, WishedDerivation, WishedPaths, WishList, WishSource
 from infra.nix import aterm
 from infra.nix.errors import FormatError
@@ -60,7 +61,7 @@ MAX_DIFFERENCES: Final = 100
 SHOWN_EVERY_S: Final = 10.0
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class PopulateRequest:
     """Arguments of the command."""
 
@@ -79,7 +80,7 @@ class PopulateRequest:
     markdown: Path | None = None
 
 
-@dataclass(slots=True)
+@record(slots=True)
 class PopulateRun:
     """One run of the command."""
 

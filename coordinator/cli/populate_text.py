@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from coordinator.cli import exit_status
@@ -12,6 +11,7 @@ from coordinator.cli.proof import ProofMeans
 from coordinator.cli.rebuild_markdown import code
 from coordinator.cli.rendering import LISTED, duration, one_line
 from coordinator.populate.model import PopulatedWish, PopulateOutcome, ProofState
+from coordinator.records import record
 
 #: Wishes of one table in Markdown.
 MAX_ROWS: Final = 300
@@ -22,7 +22,7 @@ _BY: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class PopulateReport:
     """Result of one run."""
 

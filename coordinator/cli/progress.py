@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import Enum
 
 from coordinator.api.models import (
@@ -21,6 +21,7 @@ from coordinator.api.models import (
     TreeNode,
     WatchEvent,
 )
+from coordinator.records import record
 
 #: Steps in a worker's hands, or whose outputs the farm takes in.
 ACTIVE = frozenset({StepStatus.RUNNING, StepStatus.PUBLISHING})
@@ -38,7 +39,7 @@ class News(Enum):
     FAILED = "failed"
 
 
-@dataclass(slots=True)
+@record(slots=True)
 class Tally:
     """One worker's work for the submission, as far as the events show."""
 
@@ -46,7 +47,7 @@ class Tally:
     failed: int = 0
 
 
-@dataclass(slots=True)
+@record(slots=True)
 class Progress:
     """The watched submission, folded from its events."""
 

@@ -14,13 +14,13 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
 from coordinator.api.models import FarmView
+from coordinator.records import record
 from infra.cache.pulls.upstream import Upstream, UpstreamError
 from infra.nix.signing import PublicKey
 from infra.nix.store_path import StoreDir
@@ -48,7 +48,7 @@ class ProofMeans(StrEnum):
     NONE = "none"
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class ProofReport:
     """Result for some paths: which failed, and why; every other one is proven."""
 

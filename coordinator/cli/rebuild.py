@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -39,6 +39,7 @@ from coordinator.rebuild.causes import causes_view
 from coordinator.rebuild.difference import MAX_REASONS, AttrPair, Selection, SetDifference, changed, differ, select
 from coordinator.rebuild.model import Package, RebuildReport, RootCause, SideReport
 from coordinator.rebuild.outcome import UNKNOWN, SideResult, SideState, by_root_cause, judge, with_content
+from coordinator.records import record
 from coordinator.terminal_controls import harmless
 from infra.nix import aterm
 from infra.nix.causes import Bounds, Compared, Uncompared
@@ -56,7 +57,7 @@ MAX_ROUNDS: Final = 100
 MAX_ROOT_CAUSES: Final = 200
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class RebuildRequest:
     """Arguments of the command."""
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +21,7 @@ from coordinator.evaluation.pool import PoolLimits
 from coordinator.evaluation.revisions import Checkout, Repository
 from coordinator.rebuild.model import Package, SetSide
 from coordinator.rebuild.outcome import SideResult, SideState
+from coordinator.records import record
 from infra.nix import aterm
 from infra.nix.errors import FormatError
 
@@ -28,7 +29,7 @@ from infra.nix.errors import FormatError
 DEFAULT_FILE: Final = "default.nix"
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class SidesRequest:
     """Arguments of the command that say what is compared: one pair of these."""
 
@@ -40,7 +41,7 @@ class SidesRequest:
     submissions: tuple[str, str] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class LoadedSide:
     """One side with what is needed to build it."""
 
@@ -52,7 +53,7 @@ class LoadedSide:
     submission: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Sides:
     """Both sides, and sentences about what was not taken."""
 

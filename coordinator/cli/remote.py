@@ -6,7 +6,6 @@ import asyncio
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -23,6 +22,7 @@ from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import BadArgumentError, ClientError, RefusedError
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.model import Evaluation, FailedAttr
+from coordinator.records import record
 from coordinator.terminal_controls import harmless
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _SAID: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class RemoteSource:
     """Origin of a remote evaluation's files: a revision of a repository, or (both empty) the working tree."""
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from coordinator.api.models import IntakeMissing, StepView
@@ -25,6 +25,7 @@ from coordinator.client.closure import (
 from coordinator.client.closure_walk import ClosureWalk
 from coordinator.client.errors import RefusedError
 from coordinator.errors import CoordinatorError, MissingMemberError
+from coordinator.records import record
 from infra.nix.store_path import base_name_of
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class ClientStages:
         self.taken = (*self.taken, StageBody(name=name, begin=begin, end=max(begin, self._since)))
 
 
-@dataclass(slots=True)
+@record(slots=True)
 class SentParts:
     """Parts of a closure that have been sent, or were there: full paths."""
 
@@ -122,7 +123,7 @@ async def taken_after_sending(
     return await take(await send(True))
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _Looked:
     """The part of a closure that the coordinator lacks, inputs and references first; how much it was asked about."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, TypeVar
 
 import click
@@ -19,6 +19,7 @@ from coordinator.api.limits import (
 )
 from coordinator.cli.options import Wait
 from coordinator.cli.origin import ClaimedOrigin, TagError, origin_of, parse_tags
+from coordinator.records import record
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -56,7 +57,7 @@ class Tags(click.ParamType[tuple[str, str]]):
         return key, text
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class SubmissionWords:
     """Words of the command line about a submission."""
 

@@ -6,13 +6,13 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from coordinator.cli.evaluation import EvaluationRequest, inputs_of
 from coordinator.client.closure import LocalStore, local_store
 from coordinator.evaluation.wished import described, evaluated
+from coordinator.records import record
 from coordinator.wishes.model import MAX_FILE_BYTES, MAX_SOURCES, WishList, WishListError, WishSource, joined
 from coordinator.wishes.reading import NAMED, WishReading, flake_of, named_wishes, read_wishes, source_by_name
 from infra.nix.store_path import StoreDir
@@ -23,7 +23,7 @@ OF_A_DIRECTORY: Final = (".flox/env/manifest.lock", "devbox.lock", "flake.lock",
 _MACHINES: Final = {"arm64": "aarch64", "amd64": "x86_64"}
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class WishRequest:
     """Arguments that name wish lists."""
 

@@ -6,13 +6,14 @@ coordinator checks them, as it does those of any stranger; what it refuses comes
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from coordinator.api.root_limits import RootLimits
+from coordinator.records import record
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class RootBody:
     """`RootRequest`."""
 
@@ -22,7 +23,7 @@ class RootBody:
     limits: RootLimits | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class StageBody:
     """`ClientStage`."""
 
@@ -31,7 +32,7 @@ class StageBody:
     end: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SubmitBody:
     """`SubmitRequest`."""
 
@@ -57,7 +58,7 @@ class SubmitBody:
     idempotency_key: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class GrowBody:
     """`GrowRequest`."""
 
@@ -67,7 +68,7 @@ class GrowBody:
     client: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class UnevaluatedBody:
     """`UnevaluatedAttr`."""
 
@@ -76,7 +77,7 @@ class UnevaluatedBody:
     message: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SealBody:
     """`SealRequest`."""
 
@@ -88,7 +89,7 @@ class SealBody:
     drv_count: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class MembersBody:
     """`IntakeQuery`."""
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from coordinator.errors import CoordinatorError
+from coordinator.records import record
 from infra.dependency_order import CycleError, inputs_first
 from infra.nix.errors import FormatError, NixError
 from infra.nix.path_info import PathInfo
@@ -34,7 +34,7 @@ class ClosureError(CoordinatorError):
 _READ_BYTES: Final = 64 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class LocalStore:
     """A Nix store on this machine; with a `root`, the store directory lies physically below it."""
 
@@ -100,7 +100,7 @@ class LocalStore:
         return f" {self.root}" if self.root else ""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Closure:
     """Full store paths: .drv files by layer, inputs first; input sources that they name, sorted; outputs they make."""
 
@@ -109,7 +109,7 @@ class Closure:
     outputs: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Sources:
     """Input sources with what they refer to."""
 

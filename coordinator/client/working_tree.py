@@ -9,12 +9,12 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
 
 from coordinator.api.trees import TreeBounds, TreeChecker, compressed
 from coordinator.errors import CoordinatorError
+from coordinator.records import record
 from infra.nar_files import CHUNK_SIZE
 from infra.nix.nar import NarData, NarDirectory, NarDirectoryEnd, NarEvent, NarFile, NarSymlink, NarWriter
 from infra.process import ProcessError, ProcessNotFound, run
@@ -33,7 +33,7 @@ class WorkingTreeError(CoordinatorError):
     code: ClassVar[str] = "working_tree"
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class WorkingTree:
     """A working tree and the files of it that are sent."""
 

@@ -18,7 +18,7 @@ import time
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -27,6 +27,7 @@ import orjson
 from coordinator.api.decoding import decoder
 from coordinator.api.root_limits import RootLimits
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, LeftOut
+from coordinator.records import record
 
 MAX_BYTES: Final = 256 * 1024 * 1024
 #: Of one entry, as it is in memory: a hundred thousand attributes have some 20 MB.
@@ -37,7 +38,7 @@ _DIGEST_BYTES: Final = 32
 FORM: Final = "2"
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class KeptFindings:
     """All findings of one source."""
 
@@ -52,7 +53,7 @@ _RootRow: TypeAlias = tuple[str, str, tuple[str, ...], RootLimits | None, tuple[
 _LeftRow: TypeAlias = tuple[str, bool]
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _KeptRows:
     """`KeptFindings` as they lie in a file: a place is a row of its fields, and so is what was found there."""
 

@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -24,6 +24,7 @@ from coordinator.evaluation.cache import FORM
 from coordinator.evaluation.flakes import flake_metadata
 from coordinator.evaluation.source import TREE, FlakeOrigin, NixValue, TreeOrigin, store_root
 from coordinator.evaluation.source_tree import NotWholeError, SourceTree, find_clock, read_tree, text_leak, tree_root
+from coordinator.records import record
 from infra.nix.errors import NixError
 from infra.nix.hashing import parse_sha256
 from infra.nix.store_path import StoreDir
@@ -38,21 +39,21 @@ _NIX: Final = ("nix", "--extra-experimental-features", "nix-command flakes")
 _SHOW_SETTINGS: Final = (("config", "show"), ("show-config",))
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _LockedNode:
     PASSES_OVER: ClassVar[bool] = True
 
     locked: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _FlakeLocks:
     PASSES_OVER: ClassVar[bool] = True
 
     nodes: dict[str, _LockedNode]
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _LockedFlake:
     PASSES_OVER: ClassVar[bool] = True
 
@@ -60,7 +61,7 @@ class _LockedFlake:
     locks: _FlakeLocks
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class KeyedSource:
     """A source whose findings may be kept."""
 

@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -33,6 +33,7 @@ from coordinator.evaluation.messages import error_line, last_error_line, plain, 
 from coordinator.evaluation.model import AttrPlace, FailedAttr, Finding, LeftOut, join_attr
 from coordinator.evaluation.pool import ENDLESS, MEMORY_EVERY_S, PoolLimits, shown_above
 from coordinator.evaluation.source import NixValue
+from coordinator.records import record
 from infra.process import ChildProcess, ProcessNotFound
 
 PROGRAM: Final = "nix-eval-jobs"
@@ -49,7 +50,7 @@ class JobsEnded(CoordinatorError):  # noqa: N818 - named for what happened
     code: ClassVar[str] = "evaluation"
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _MarkedFinding:
     """Words of `tree.nix` in the place of an error."""
 
@@ -60,7 +61,7 @@ class _MarkedFinding:
     names: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _JobLine:
     """One line of nix-eval-jobs, as far as it is read."""
 

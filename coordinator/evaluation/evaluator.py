@@ -16,7 +16,7 @@ import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -30,6 +30,7 @@ from coordinator.evaluation.long_lines import READ_BYTES, LongLines
 from coordinator.evaluation.messages import error_line, without_noise
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, FailedAttr, parse_drv
 from coordinator.evaluation.source import NixValue, visit
+from coordinator.records import record
 from infra.process import ChildProcess, ProcessError, run
 
 #: Most bytes of one answer: a set of a hundred thousand names has three million.
@@ -67,7 +68,7 @@ class EvaluatorFailed(CoordinatorError):  # noqa: N818 - named for what happened
         super().__init__(error_line(messages) or "the evaluator ended in the middle of an evaluation")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class PlaceAnswer:
     """Finding of `tree.nix` at a place; all empty where nothing is there that could be built."""
 

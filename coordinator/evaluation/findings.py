@@ -10,7 +10,7 @@ import asyncio
 import shutil
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import StrEnum
 from os.path import isfile
 from typing import Final, TypeAlias
@@ -37,6 +37,7 @@ from coordinator.evaluation.import_store import (
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, Evaluation, FailedAttr, Finding, LeftOut
 from coordinator.evaluation.pool import OtherEvaluator, PooledSource, PoolLimits, findings_of_pool
 from coordinator.evaluation.source import FlakeOrigin, NixValue, store_root
+from coordinator.records import record
 
 #: What Nix prints where an evaluation may not build what it imports.
 _NEEDS_IMPORT: Final = "'allow-import-from-derivation' is disabled"
@@ -53,7 +54,7 @@ class EvaluatorChoice(StrEnum):
     OWN = "own"
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class EvaluationMeans:
     """Programs and places that an evaluation may use."""
 
@@ -212,7 +213,7 @@ class _Reaches:
                 return
 
 
-@dataclass(slots=True)
+@record(slots=True)
 class _SourcePlan:
     """One source in its evaluation."""
 

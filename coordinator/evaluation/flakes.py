@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -17,6 +17,7 @@ from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.messages import error_line
 from coordinator.evaluation.model import join_attr, split_attr
 from coordinator.evaluation.source import Asked, FlakeOrigin, NixValue, nix_text, store_root
+from coordinator.records import record
 from infra.process import ProcessError, ProcessNotFound, run
 
 #: Outputs whose first names are systems.
@@ -33,7 +34,7 @@ _FATAL: Final = re.compile(r"^fatal: (.+)$", re.MULTILINE)
 _NIX: Final = ("nix", "--extra-experimental-features", "nix-command flakes")
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _LockedInput:
     PASSES_OVER: ClassVar[bool] = True
 
@@ -42,7 +43,7 @@ class _LockedInput:
     locked: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _LockGraph:
     PASSES_OVER: ClassVar[bool] = True
 
@@ -50,7 +51,7 @@ class _LockGraph:
     root: str = "root"
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _Metadata:
     PASSES_OVER: ClassVar[bool] = True
 

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
@@ -31,6 +31,7 @@ from coordinator.evaluation.model import (
 )
 from coordinator.evaluation.pool import PoolLimits
 from coordinator.evaluation.source import NixValue, TreeOrigin, file_expression, is_url, sources_of
+from coordinator.records import record
 from infra.process import ProcessError, ProcessNotFound, run
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ _PARSE_S: Final = 60.0
 _MAX_OUTPUT_BYTES: Final = 16 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Inputs:
     """A request: either `files` (a file, a flake's output, derivations, or standard input) or `expression`."""
 

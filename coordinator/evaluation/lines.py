@@ -7,7 +7,6 @@ are not all there) both. Source: src/drv.cc and src/constituents.cc of nix-eval-
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import ClassVar, Final
 
 import orjson
@@ -16,12 +15,13 @@ from coordinator.api.decoding import decoder
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.messages import error_line, plain, position
 from coordinator.evaluation.model import EvaluatedRoot, FailedAttr, parse_drv
+from coordinator.records import record
 
 #: Characters of a line that a sentence shows.
 _SHOWN: Final = 100
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _Job:
     """One line of nix-eval-jobs, as far as it is read."""
 

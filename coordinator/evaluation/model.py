@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from coordinator.api.root_limits import RootLimits
+from coordinator.records import record
 from infra.nix.store_path import drv_name_of
 
 #: Attributes that a sentence names; it counts the rest.
@@ -22,7 +22,7 @@ _ATTR_NAME = re.compile(r'(?:"[^"]*"|[^."])+')
 _DRV = re.compile(r"(/[^!]+/[0-9a-z]{32}-[^/!]+\.drv)(?:!([^!]+))?")
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class AttrPlace:
     """One attribute of an evaluated value."""
 
@@ -45,7 +45,7 @@ class AttrPlace:
         return self.source, self.at, tuple((int(name) if name.isdecimal() else -1, name.encode()) for name in self.path)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class EvaluatedRoot:
     """One derivation that an attribute stands for; `outputs` empty: all of them."""
 
@@ -60,7 +60,7 @@ class EvaluatedRoot:
     maintainers: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class LeftOut:
     """An attribute that nothing was built of, though it may hold derivations, as Nix leaves it out."""
 
@@ -69,7 +69,7 @@ class LeftOut:
     is_set: bool
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class FailedAttr:
     """An attribute that could not be evaluated."""
 
@@ -86,7 +86,7 @@ class FailedAttr:
 Finding = EvaluatedRoot | LeftOut | FailedAttr
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Evaluation:
     """Result of an evaluation of attributes."""
 

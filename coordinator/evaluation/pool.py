@@ -16,7 +16,7 @@ import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -34,6 +34,7 @@ from coordinator.evaluation.model import (
     join_attr,
 )
 from coordinator.evaluation.source import MAX_DEPTH, NixValue
+from coordinator.records import record
 from infra.process import ProcessNotFound
 
 #: Findings that wait for their reader.
@@ -55,7 +56,7 @@ MEMORY_PART: Final = 0.6
 DEFAULT_MEMORY_BYTES: Final = 4 * 1024 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class PoolLimits:
     """Share of a machine that an evaluation may take."""
 
@@ -84,7 +85,7 @@ def _free_bytes() -> int:
     return int(DEFAULT_MEMORY_BYTES / MEMORY_PART)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class PooledSource:
     """A value with what its evaluators go by."""
 
@@ -95,7 +96,7 @@ class PooledSource:
     imports: ImportStore | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class OtherEvaluator:
     """A program that evaluates beside the pool."""
 

@@ -13,11 +13,11 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from coordinator.evaluation.errors import EvaluationError
+from coordinator.records import record
 from infra.process import Completed, ProcessError, ProcessNotFound, run
 
 #: Seconds for a question to git, and for a checkout, which may fetch or filter files.
@@ -32,7 +32,7 @@ _COMMIT: Final = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 _SUBMODULE: Final = "160000 "
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Checkout:
     """The files of a commit."""
 
@@ -41,7 +41,7 @@ class Checkout:
     submodules: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Repository:
     """A repository, by the top of its working tree (of a bare one, its own directory)."""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Final
 
 from coordinator.evaluation.model import AttrPlace, split_attr
+from coordinator.records import record
 
 #: The file that makes a value's tree of places.
 TREE: Final = Path(__file__).with_name("tree.nix")
@@ -16,7 +17,7 @@ MAX_DEPTH: Final = 64
 _ESCAPES: Final = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t", "${": "\\${"}
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Asked:
     """One attribute path that is asked of a value."""
 
@@ -26,7 +27,7 @@ class Asked:
     paths: tuple[tuple[str, ...], ...] = ((),)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class FlakeOrigin:
     """A flake that a value comes from."""
 
@@ -35,14 +36,14 @@ class FlakeOrigin:
     metadata: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class TreeOrigin:
     """A directory that a file lies in, or that an expression is evaluated in."""
 
     directory: Path
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class NixValue:
     """A value of Nix and what is asked of it."""
 

@@ -11,9 +11,10 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from coordinator.records import record
 
 #: Largest tree that is read, in files and in bytes of all of them.
 MAX_FILES: Final = 100_000
@@ -36,7 +37,7 @@ class NotWholeError(Exception):
     """The tree cannot be known whole; the sentence says why."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class SourceTree:
     """A directory whose entries an evaluation may read, all but `.git`."""
 

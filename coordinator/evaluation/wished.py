@@ -10,7 +10,7 @@ import asyncio
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +20,7 @@ from coordinator.evaluation.findings import EvaluationMeans, findings_of
 from coordinator.evaluation.flakes import flake_value
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, FailedAttr, Finding, join_attr, split_attr
 from coordinator.evaluation.source import Asked, NixValue, file_expression, is_url, sources_of
+from coordinator.records import record
 from coordinator.wishes.model import (
     MAX_NOTES,
     Wish,
@@ -47,7 +48,7 @@ _REFUSALS: Final = (
 _ABSENT: Final = re.compile(r"attribute '.*' (?:in selection path '.*' not found|missing)|does not provide attribute")
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _WishGroup:
     """Wishes that one evaluation is for; `attributes` has those of one attribute together."""
 
