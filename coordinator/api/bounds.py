@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 
-class Bounds:
+class FieldBounds:
     """Keywords of pydantic's schema of a number or a text: `ge`, `le`, `lt`, `max_length`."""
 
     def __init__(self, **keywords: int) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Final
 
-from coordinator.api.bounds import Bounds
+from coordinator.api.bounds import FieldBounds
 from coordinator.api.limits import MAX_LIMIT
 from coordinator.records import record
 
-_LIMIT: Final = Bounds(ge=0, le=MAX_LIMIT)
+_LIMIT: Final = FieldBounds(ge=0, le=MAX_LIMIT)
 
 
 @record(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Final
 import orjson
 import zstandard
 
-from coordinator.api.bounds import Bounds
+from coordinator.api.bounds import FieldBounds
 from coordinator.errors import IntakeError
 from coordinator.records import record
 from infra.nix.path_info import PathInfo
@@ -39,12 +39,12 @@ class SourceHeader:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic's name for it
 
     #: Base name.
-    path: Annotated[str, Bounds(max_length=MAX_NAME_BYTES)]
+    path: Annotated[str, FieldBounds(max_length=MAX_NAME_BYTES)]
     #: Base names.
     references: tuple[str, ...] = ()
     #: `sha256:<52 nix32 characters>`.
     nar_hash: str
-    nar_size: Annotated[int, Bounds(ge=0, lt=1 << 63)]
+    nar_size: Annotated[int, FieldBounds(ge=0, lt=1 << 63)]
     #: Content address as in a narinfo, or empty.
     ca: str = ""
 
