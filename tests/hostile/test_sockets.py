@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ LIVES = "/grpc.health.v1.Health/Check"
 TRIES = 5
 #: gRPC's status codes.
 UNIMPLEMENTED, UNAUTHENTICATED = 12, 16
+#: What curl prints where the connection ends without an answer.
+SAYS_NOTHING = 0
 #: State of a listening socket in /proc/net/tcp, and loopback there: an IPv4 address, and it mapped into IPv6.
 LISTENING = "0A"
 LOOPBACK = ("0100007F", "0000000000000000FFFF00000100007F")
@@ -72,17 +75,29 @@ def http_status(port: int) -> int:
     return int(subprocess.run([*argv, target], capture_output=True, check=False, text=True).stdout)
 
 
+def agents(pids: Iterator[int]) -> Iterator[int]:
+    """Those of the processes that host an agent, which listens for lines of coordinators."""
+    for pid in pids:
+        with suppress(OSError):
+            if b"ray::AgentHost" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                yield pid
+
+
 def test_every_socket_of_a_farm_is_on_loopback_and_wants_its_token(own_farm: FarmUnderAttack) -> None:
     pids = [own_farm.pid, *processes_naming(str(own_farm.root))]
     sockets = listening_sockets(iter(pids))
     assert own_farm.port in sockets
     assert set(sockets.values()) <= set(LOOPBACK)
     guarded = dict.fromkeys(METHODS, 0)
+    of_agents = listening_sockets(agents(iter(pids)))
+    lines = 0
     for port in sockets:
         answers = {method: grpc_status(port, method) for method in METHODS}
         if set(answers.values()) == {None}:
-            # HTTP: the API, and Ray's agent for runtime environments.
-            assert http_status(port) == 401
+            # HTTP: the API, and Ray's agent for runtime environments. An agent's lines say nothing to a stranger.
+            http = http_status(port)
+            assert http == 401 or (http == SAYS_NOTHING and port in of_agents), f"port {port}: {http}"
+            lines += http == SAYS_NOTHING
             continue
         # A method that the server does not know is refused, or its stream is closed before curl has read why.
         assert set(answers.values()) <= {UNIMPLEMENTED, UNAUTHENTICATED, None}
@@ -91,3 +106,4 @@ def test_every_socket_of_a_farm_is_on_loopback_and_wants_its_token(own_farm: Far
         for method, status in answers.items():
             guarded[method] += status == UNAUTHENTICATED
     assert all(guarded.values()), guarded
+    assert lines == len(list(agents(iter(pids))))

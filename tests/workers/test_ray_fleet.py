@@ -27,10 +27,11 @@ from infra.process_tree import process_tree
 from tests.support.patience import PATIENCE_S
 from workers.agent.settings import native_system
 from workers.ray_transport.access import make_token_file
+from workers.ray_transport.driver import ActorCalls
 from workers.ray_transport.fleet import REST_AFTER_S, RESTS, RayFleet
 from workers.ray_transport.nodes import WORKER_LABEL, RayHead, RayWorkerNode
 from workers.ray_transport.offers import SLOT, NodeBundle, labels_of
-from workers.wire.fleet import FleetError, FleetEvent, WorkerConnected, WorkerGone, WorkerSpoke
+from workers.wire.fleet import FleetError, FleetEvent, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
 from workers.wire.messages import Failed, FarmInfo, Hello, Lease, LogChunk, Report, Succeeded
 
 from .conftest import drv, order
@@ -224,6 +225,29 @@ async def test_cancel_and_drain_reach_the_agent_and_an_unknown_worker_is_an_erro
         await fleet.drain("c", on=False)
         with pytest.raises(FleetError, match="nobody"):
             await fleet.start_many("nobody", [endless])
+
+
+async def test_calls_go_over_a_line_beside_ray_and_through_ray_where_it_breaks(site: Site) -> None:
+    async with site.fleet() as (fleet, heard):
+        await heard.until(lambda: bool(heard.hellos("c")))
+        calls = fleet.calls_of("c")
+        assert isinstance(calls, ActorCalls)
+
+        def has_line() -> bool:
+            return calls.has_line
+
+        async with asyncio.timeout(PATIENCE_S):
+            while not has_line():  # noqa: ASYNC110 - sends no event
+                await asyncio.sleep(0.1)
+        endless = order(drv("over-a-line", "echo begun; while :; do :; done"))
+        await fleet.start_many("c", [endless])
+        await heard.until(lambda: endless.step in heard.logs)
+        assert has_line()
+        calls.hang_up()
+        await fleet.cancel("c", [Lease(step=endless.step, attempt=endless.attempt)])
+        await heard.until(lambda: endless.step in heard.reports)
+        assert not has_line()
+        assert not any(isinstance(event, WorkerSilent) for event in heard.events)
 
 
 async def test_the_programs_own_handling_of_signals_survives_ray(site: Site, capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
+from workers.ray_transport.line import LINE_FIELD, LineOffer
+from workers.ray_transport.line_server import LineServer
 from workers.wire.messages import CALLS, CallName
 
 if TYPE_CHECKING:
     from workers.agent.agent import Agent
 
+_log = logging.getLogger(__name__)
+
 #: Calls that one agent serves at a time: control must get through while polls are parked.
 CONCURRENCY = {"ctl": 50, "io": 50}
+#: Set where Ray uses TLS, which lines do not.
+TLS_VARIABLE = "RAY_USE_TLS"
 #: Calls of the group "io"; all others are control.
 SLOW_CALLS: Final = frozenset[CallName]({"events", "provide"})
 
@@ -30,6 +40,9 @@ class AgentHost:
         self._agent: Agent | None = None
         self._loop = asyncio.new_event_loop()
         self._opening = asyncio.Lock()
+        #: Where it listens for lines; None where it cannot, or before it was greeted.
+        self._lines: LineServer | None = None
+        self._line: LineOffer | None = None
         threading.Thread(target=self._loop.run_forever, name="drover-agent", daemon=True).start()
 
     async def answer(self, name: CallName, epoch: int, arguments: Sequence[Any]) -> Any:
@@ -37,7 +50,11 @@ class AgentHost:
 
         async def run() -> Any:
             agent = await self._opened()
-            return await agent.answer(name, epoch, *arguments)
+            answer = await agent.answer(name, epoch, *arguments)
+            if name == "hello" and (offer := await self._offer()) is not None:
+                # For the coordinator's end of the transport; what does not know it passes over it.
+                answer[LINE_FIELD] = msgspec.to_builtins(offer, builtin_types=(bytes,))
+            return answer
 
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(run(), self._loop))
 
@@ -48,6 +65,28 @@ class AgentHost:
 
                 self._agent = await open_agent()
             return self._agent
+
+    async def _offer(self) -> LineOffer | None:
+        """Listen for lines, once; return what a greeting says of it."""
+        if self._lines is None and not os.environ.get(TLS_VARIABLE):
+            self._lines = LineServer(self._answer_over_line)
+            try:
+                self._line = await self._lines.listen(_address())
+            except OSError as error:
+                _log.warning("no lines to this worker, so each call goes through Ray: %s", error)
+        return self._line
+
+    async def _answer_over_line(self, name: CallName, arguments: Sequence[Any]) -> Any:
+        epoch, *rest = arguments
+        return await (await self._opened()).answer(name, epoch, *rest)
+
+
+def _address() -> str:
+    """Return the address by which Ray's other processes reach this one."""
+    import ray  # noqa: PLC0415 - as in `driver`; here it is loaded
+
+    address: Any = ray.util.get_node_ip_address
+    return str(address())
 
 
 def _actor_method(name: CallName) -> Callable[..., Awaitable[Any]]:

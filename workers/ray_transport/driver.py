@@ -14,6 +14,15 @@ from workers.ray_transport.access import ray_env
 from workers.ray_transport.actor import CONCURRENCY, SLOW_CALLS, AgentHost
 from workers.ray_transport.blocking_calls import first_line
 from workers.ray_transport.cluster_identity import cluster_at, cluster_lost
+from workers.ray_transport.line import (
+    LINE_CALLS,
+    LINE_FIELD,
+    CallFailedError,
+    LineLostError,
+    LineTooSmallError,
+    read_offer,
+)
+from workers.ray_transport.line_keeper import LineKeeper
 from workers.ray_transport.node_process import ray_temp_dir
 from workers.ray_transport.nodes import WORKER_LABEL
 from workers.ray_transport.offers import NodeBundle
@@ -161,18 +170,50 @@ class RayDriver:
 
 
 class ActorCalls:
-    """`AgentCalls` of one actor."""
+    """`AgentCalls` of one actor: through Ray, or over a line while there is one. Must be closed."""
 
     def __init__(self, ray: RayDriver, handle: Any, dead: asyncio.Future[str], epoch: int) -> None:
         self._ray = ray
         self._handle = handle
         self._dead = dead
         self._epoch = epoch
+        self._lines = LineKeeper()
+        dead.add_done_callback(self._died)
 
     async def call(self, name: CallName, *arguments: Any, large: bool = False) -> Any:
         """Send, and wait for the answer or the node's death: what comes first."""
         self._raise_if_dead()
         sent = arguments if name == "hello" else (self._epoch, *arguments)
+        if name in LINE_CALLS and not large and (line := self._lines.line) is not None:
+            try:
+                return await line.call(name, sent)
+            except CallFailedError as error:
+                raise AgentUnavailable(f"the agent failed: {error}") from None
+            except (LineLostError, LineTooSmallError) as error:
+                # Each of these calls may be repeated, whatever became of it.
+                _log.debug("`%s` goes through Ray: %s", name, error)
+        answer = await self._through_ray(name, sent, large=large)
+        if name == "hello" and isinstance(answer, dict):
+            self._lines.offered(read_offer(answer.pop(LINE_FIELD, None)))
+        return answer
+
+    @property
+    def has_line(self) -> bool:
+        """True while calls go over a line."""
+        return self._lines.line is not None
+
+    def hang_up(self) -> None:
+        """End the line, if there is one: what is on its way goes through Ray, as all does until there is another."""
+        if self._lines.line is not None:
+            self._lines.line.hang_up()
+
+    async def close(self) -> None:
+        """End the line for good."""
+        self._dead.remove_done_callback(self._died)
+        await self._lines.close()
+
+    async def _through_ray(self, name: CallName, sent: Sequence[Any], *, large: bool) -> Any:
+        self._raise_if_dead()
 
         def send() -> Awaitable[Any]:
             return self._ray.send(self._handle, name, "io" if name in SLOW_CALLS else "ctl", sent)
@@ -193,6 +234,10 @@ class ActorCalls:
         finally:
             # Not cancelled in Ray: a poll without a waiter ends by itself after its wait.
             answer.cancel()
+
+    def _died(self, _: asyncio.Future[str]) -> None:
+        """Let calls over a line to a machine that is gone fail now: it may never say so itself."""
+        self.hang_up()
 
     def _raise_if_dead(self) -> None:
         if self._dead.done():

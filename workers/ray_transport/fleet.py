@@ -1,5 +1,7 @@
 """The fleet over Ray: one long-lived detached agent actor per labelled node, reached by short calls.
 
+The calls of each step go over a connection beside Ray (`line`), which is only faster.
+
 Ray carries messages and knows which nodes live; it decides nothing. Rules:
 
 * ray reads its settings when it is imported, so the first import happens in `RayDriver`, after the environment is set.
@@ -303,7 +305,11 @@ class RayFleet(AgentRoster):
                         f"creating the agent of {node.worker}", CREATE_DEADLINE_S, lambda: ray.agent(node.node_id)
                     )
                     node.agent = handle
-                    await self.serve(node.worker, ActorCalls(ray, handle, node.dead, self._epoch), receive)
+                    calls = ActorCalls(ray, handle, node.dead, self._epoch)
+                    try:
+                        await self.serve(node.worker, calls, receive)
+                    finally:
+                        await calls.close()
                 except AgentUnavailable as error:
                     _log.warning("worker %s has no agent: %s", node.worker, error)
                 if time.monotonic() - began > RECREATE_LONGEST_S:

@@ -191,27 +191,28 @@ class AgentRoster:
         for portion in _portions(orders):
             large = sum(len(order.derivation) for order in portion) > LARGE_CALL_BYTES
             part = await asyncio.to_thread(_dumped, portion) if large else _dumped(portion)
-            await _in_time(self._of(worker), CALL_DEADLINE_S, "start_many", part, large=large)
+            await _in_time(self.calls_of(worker), CALL_DEADLINE_S, "start_many", part, large=large)
 
     async def cancel(self, worker: str, leases: Sequence[Lease]) -> None:
         """Stop builds. Raises `FleetError` as `start_many`."""
         for first in range(0, len(leases), ORDERS_PER_CALL):
             part = [lease.dump() for lease in leases[first : first + ORDERS_PER_CALL]]
-            await _in_time(self._of(worker), CALL_DEADLINE_S, "cancel", part)
+            await _in_time(self.calls_of(worker), CALL_DEADLINE_S, "cancel", part)
 
     async def drain(self, worker: str, *, on: bool) -> None:
         """Set or clear "no new work". Raises `FleetError` as `start_many`."""
-        await _in_time(self._of(worker), CALL_DEADLINE_S, "drain", on)
+        await _in_time(self.calls_of(worker), CALL_DEADLINE_S, "drain", on)
 
     async def provide(self, worker: str, paths: Sequence[str], token: str) -> tuple[Output, ...]:
         """Have paths uploaded again. Raises `FleetError` as `start_many`, and where the answer makes no sense."""
-        outputs = await _in_time(self._of(worker), PROVIDE_DEADLINE_S, "provide", list(paths), token)
+        outputs = await _in_time(self.calls_of(worker), PROVIDE_DEADLINE_S, "provide", list(paths), token)
         try:
             return OUTPUTS.validate_python(tuple(outputs))
         except (ValidationError, TypeError):
             raise AgentUnavailable(f"worker {worker} gave an answer that makes no sense") from None
 
-    def _of(self, worker: str) -> AgentCalls:
+    def calls_of(self, worker: str) -> AgentCalls:
+        """Return the calls to an agent that has been greeted. Raises `AgentUnavailable`."""
         calls = self._calls.get(worker)
         if calls is None:
             raise AgentUnavailable(f"worker {worker} is not connected")
