@@ -18,12 +18,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from infra.histogram import SECONDS
 from infra.histogram import Histogram as Durations
 
 #: What `expose` gives (Prometheus text format 0.0.4).
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-#: Bounds of histograms of seconds.
-SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 Labels: TypeAlias = Mapping[str, str]
 #: Gives the present values of one instrument, each with its labels.

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Final
 
 from coordinator.api.streams import LARGE_BYTES
-from coordinator.engine.publishing import LossCheck, Post, Publications, Timed
+from coordinator.engine.publishing import Awaited, LossCheck, Post, Publications, Timed, always_awaited
 from coordinator.stores.derivations import BuildOrder, DerivationsError, DerivationStore
 from infra.byte_budget import ByteBudget
 from infra.cache.cache import Cache
@@ -88,6 +88,8 @@ class Dispatch:
         cores_of: CoresOf = lambda _worker, _step: 0,
         clock: Clock | None = None,
         timed: Timed = lambda _lease, _began, _verified, _ended: None,
+        awaited: Awaited = always_awaited,
+        building: Callable[[], bool] = lambda: False,
     ) -> None:
         self._fleet = fleet
         self._derivations = derivations
@@ -100,7 +102,9 @@ class Dispatch:
         self.budget = ByteBudget(SENDING_BYTES)
         self._worker_queues: dict[str, _WorkerQueue] = {}
         self._new_queues: asyncio.Queue[str] = asyncio.Queue()
-        self._publications = Publications(cache, derivations, post, losses, clock or SystemClock(), timed)
+        self._publications = Publications(
+            cache, derivations, post, losses, clock or SystemClock(), timed, awaited=awaited, building=building
+        )
 
     @property
     def trouble(self) -> str:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
+from infra.histogram import SECONDS, Histogram
 from scheduler.facts import Fact, LeaseRevoked, StepDone, StepFailed, StepFellBack
 from scheduler.model import FailureKind
 
@@ -30,8 +31,8 @@ class EngineMeter:
         self.failures: Counter[str] = Counter({kind.value: 0 for kind in FailureKind})
         #: Steps that ended by a build, "done" or "failed".
         self.ended: Counter[str] = Counter({"done": 0, "failed": 0})
-        #: Called with each part of a turn and its seconds of wall time.
-        self.on_part: Callable[[TurnPart, float], None] = _dropped
+        #: Wall time of each part of a turn.
+        self.parts: dict[str, Histogram] = {part: Histogram(SECONDS) for part in get_args(TurnPart)}
 
     def count(self, facts: Sequence[Fact]) -> None:
         """Count what new facts say."""
@@ -59,8 +60,4 @@ class EngineMeter:
         try:
             yield
         finally:
-            self.on_part(part, time.perf_counter() - began_s)
-
-
-def _dropped(_part: TurnPart, _seconds: float) -> None:
-    """Drop a time: no telemetry is attached."""
+            self.parts[part].add(time.perf_counter() - began_s)

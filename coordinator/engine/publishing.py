@@ -7,6 +7,9 @@ Rules:
    and nothing else waits for it.
 3. `submit` never waits. What waits to be published is bounded by PUBLISH_BACKLOG, beyond which reports wait at the
    sink.
+4. A publication costs the loop, the journal and the views little more for ten steps than for one. So one that others
+   may join waits for them: for the end of the publication under way, and for GATHER_S where no step waits for it and
+   more builds are in hand. One that a step waits for, or the last in hand, begins at once.
 """
 
 from __future__ import annotations
@@ -34,18 +37,27 @@ from scheduler.model import Failure, FailureKind, LeaseId, StepKey
 PUBLISH_BATCH = 256
 #: Calls of the cache at one time: one verifies while the other waits for a large object.
 PUBLISHERS = 2
+#: Seconds for which others may join a publication that no step waits for, or whose outputs one under way delays.
+GATHER_S = 0.03
 #: Publications waiting before workers' reports are no longer taken in.
 PUBLISH_BACKLOG = 4096
 #: Seconds for which publishing is tried again where what keeps it may pass.
 PUBLISH_WITHIN_S = 60.0
 
 Post = Callable[[Sequence[Event]], Awaitable[None]]
+#: Returns whether a step waits for this one.
+Awaited = Callable[[StepKey], bool]
 #: Names those of some paths that a step needs and the cache has lost, and begins their repair; "" for none.
 LossCheck = Callable[[StepKey, Sequence[str]], Awaitable[str]]
 #: Gets, of each lease, when the outputs began to be verified, were verified, and were published.
 Timed = Callable[[LeaseId, float, float, float], None]
 
 _log = logging.getLogger(__name__)
+
+
+def always_awaited(_step: StepKey) -> bool:
+    """Take each step for one that others wait for."""
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +71,20 @@ class Publications:
     """Publishes until `run` is cancelled; each effect ends in one event, which `post` takes."""
 
     def __init__(  # noqa: PLR0917 - collaborators, named by their types
-        self, cache: Cache, derivations: DerivationStore, post: Post, losses: LossCheck, clock: Clock, timed: Timed
+        self,
+        cache: Cache,
+        derivations: DerivationStore,
+        post: Post,
+        losses: LossCheck,
+        clock: Clock,
+        timed: Timed,
+        *,
+        awaited: Awaited,
+        building: Callable[[], bool],
     ) -> None:
+        """`building` returns whether there are leases whose outputs may come."""
+        self._awaited = awaited
+        self._building = building
         self._clock = clock
         self._timed = timed
         self._losses = losses
@@ -69,6 +93,11 @@ class Publications:
         self._post = post
         self._waiting: deque[PublishOutputs] = deque()
         self._filled = asyncio.Event()
+        #: One gathers at a time; set where what waits should begin.
+        self._gathering = asyncio.Lock()
+        self._due = asyncio.Event()
+        #: Publications in a call of the cache.
+        self._under_way = 0
         self._roomy = asyncio.Event()
         self._roomy.set()
         self._turns = asyncio.Semaphore(PUBLISHERS)
@@ -84,6 +113,7 @@ class Publications:
         """Take an effect over; returns at once."""
         self._waiting.append(effect)
         self._filled.set()
+        self._look_if_due()
         self._measure()
 
     async def room(self) -> None:
@@ -104,15 +134,37 @@ class Publications:
 
     async def _serve(self, group: asyncio.TaskGroup) -> None:
         while True:
-            await self._filled.wait()
-            batch = [self._waiting.popleft() for _ in range(min(PUBLISH_BATCH, len(self._waiting)))]
-            if not self._waiting:
-                self._filled.clear()
+            async with self._gathering:
+                await self._filled.wait()
+                await self._gather()
+                batch = [self._waiting.popleft() for _ in range(min(PUBLISH_BATCH, len(self._waiting)))]
+                if not self._waiting:
+                    self._filled.clear()
             self._measure()
-            if batch:
-                failed = await self._publish(batch)
-                if failed:
-                    group.create_task(self._again(failed))
+            failed = await self._publish(batch)
+            if failed:
+                group.create_task(self._again(failed))
+
+    async def _gather(self) -> None:
+        """Let others join what waits, for at most GATHER_S."""
+        self._due.clear()
+        self._look_if_due()
+        if self._due.is_set():
+            return
+        timer = asyncio.get_running_loop().call_later(GATHER_S, self._due.set)
+        try:
+            await self._due.wait()
+        finally:
+            timer.cancel()
+
+    def _look_if_due(self) -> None:
+        """Begin with what waits unless more may join it soon."""
+        if (
+            len(self._waiting) >= PUBLISH_BATCH
+            or not self._building()
+            or (not self._under_way and any(self._awaited(effect.lease.step) for effect in self._waiting))
+        ):
+            self._due.set()
 
     async def _again(self, failed: Mapping[PublishOutputs, PublishFailed]) -> None:
         """Publish again, for a while, what failed in a way that may pass."""
@@ -137,7 +189,12 @@ class Publications:
     async def _publish(self, batch: Sequence[PublishOutputs]) -> dict[PublishOutputs, PublishFailed]:
         """Publish a batch with one call of the cache and post what comes of it; returns what may be tried again."""
         async with self._turns:
-            outcomes = await self._outcomes(batch)
+            self._under_way += len(batch)
+            try:
+                outcomes = await self._outcomes(batch)
+            finally:
+                self._under_way -= len(batch)
+                self._look_if_due()
         failed = {
             effect: outcome.failed
             for effect, outcome in zip(batch, outcomes, strict=True)

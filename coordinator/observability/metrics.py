@@ -52,9 +52,9 @@ def add_cache_metrics(telemetry: Telemetry, caches: Mapping[str, Cache], gauges:
     telemetry.show(table.CACHE_STORED, of_gauges(lambda g: g.stored_bytes))
     telemetry.show(table.CACHE_LEASES, of_gauges(lambda g: g.leases))
     telemetry.show(table.CACHE_DANGLING, of_gauges(lambda g: g.dangling))
-    latency = telemetry.histogram(table.CACHE_PUBLISH)
-    for name, cache in caches.items():
-        cache.counters.on_publish = _recorder(latency.record, {"cache": name})
+    telemetry.show_durations(
+        table.CACHE_PUBLISH, {name: cache.counters.publish_seconds for name, cache in caches.items()}
+    )
 
 
 def add_farm_metrics(
@@ -115,8 +115,7 @@ def add_engine_metrics(telemetry: Telemetry, meter: EngineMeter, state_dir: Path
     telemetry.show(table.FAILED_ATTEMPTS, lambda: _failures(meter))
     telemetry.show(table.ENDED_STEPS, lambda: _by("result", meter.ended, ("done", "failed")))
     telemetry.show(table.STATE_DISK_FREE, lambda: _free(state_dir))
-    turn = telemetry.histogram(table.TURN)
-    meter.on_part = lambda part, seconds: turn.record(seconds, {"part": part})
+    telemetry.show_durations(table.TURN, meter.parts)
 
 
 def add_time_metrics(telemetry: Telemetry, attempts: AttemptMeter, clients: ClientMeter) -> None:
@@ -138,10 +137,6 @@ def add_loop_metrics(telemetry: Telemetry, watch: LoopWatch) -> None:
     watch.on_slice = telemetry.histogram(table.LOOP_STALL).record
     telemetry.show(table.LOOP_STALLS, lambda: [(watch.stalls, {})])
     telemetry.show(table.LOOP_LONGEST, lambda: [(watch.longest_s, {})])
-
-
-def _recorder(record: Callable[[float, Mapping[str, str]], None], labels: Mapping[str, str]) -> Callable[[float], None]:
-    return lambda seconds: record(seconds, labels)
 
 
 def _phases(caches: Mapping[str, Cache]) -> _Values:

@@ -38,10 +38,17 @@ class _Era:
 
     since: float
     samples: deque[Sample]
+    #: The sample with the shortest trip: kept, because each report of a build asks for it several times.
+    best: Sample
 
-    @property
-    def best(self) -> Sample:
-        return min(self.samples, key=lambda sample: sample.trip_s)
+    def add(self, sample: Sample) -> None:
+        is_full = len(self.samples) == self.samples.maxlen
+        lost = self.samples[0] if is_full else None
+        self.samples.append(sample)
+        if lost is self.best:
+            self.best = min(self.samples, key=lambda each: each.trip_s)
+        elif sample.trip_s < self.best.trip_s:
+            self.best = sample
 
 
 def sample_of(sent: float, arrived: float, received: float, answered: float) -> Sample:
@@ -62,9 +69,9 @@ class ClockOffset:
             best = self._eras[-1].best
             margin_s = (best.trip_s + sample.trip_s) / 2 + SLACK_S + DRIFT * abs(sample.at - best.at)
             if abs(best.offset_s - sample.offset_s) <= margin_s:
-                self._eras[-1].samples.append(sample)
+                self._eras[-1].add(sample)
                 return
-        self._eras.append(_Era(sample.at, deque((sample,), maxlen=SAMPLES)))
+        self._eras.append(_Era(sample.at, deque((sample,), maxlen=SAMPLES), sample))
 
     @property
     def known(self) -> bool:

@@ -274,6 +274,10 @@ class Views(FoldedRows):
         """Return how many steps are known."""
         return len(self._steps)
 
+    def is_building(self) -> bool:
+        """Return whether any step is leased and not built yet."""
+        return self._by_state[StepStatus.RUNNING] > 0
+
     def step_counts(self) -> Counter[str]:
         """Count all steps by state."""
         return Counter({state.value: count for state, count in self._by_state.items() if count})

@@ -114,7 +114,8 @@ class LogStore:
 
     def wake(self, step: str, attempt: int) -> None:
         """Let followers look again, because the attempt has ended."""
-        self._wake(self._path(step, attempt))
+        if self._followers:
+            self._wake(self._path(step, attempt))
 
     async def file(self, step: str, attempt: int) -> Path | None:
         """Return the log's file, brought back from the archive where it lies there; None where nothing was logged.

@@ -77,6 +77,8 @@ def connect_workers(settings: Settings, clock: Clock, stores: Stores, core: Core
         cores_of=partial(_cores_of, core),
         clock=clock,
         timed=published,
+        awaited=lambda step: bool(core.farm.above(step, 1)),
+        building=views.is_building,
     )
     core.relay.dispatch = dispatch
     fixed = SourceRoom(

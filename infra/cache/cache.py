@@ -236,7 +236,7 @@ class Cache:
         began = time.perf_counter()
         outcomes = await self._publisher.publish(batch, verified, proofs)
         self.counters.count_outcomes(outcomes)
-        self.counters.on_publish(time.perf_counter() - began)
+        self.counters.publish_seconds.add(time.perf_counter() - began)
         return outcomes
 
     async def register(self, offered: Realisation) -> Registration:

@@ -5,15 +5,12 @@ Incremented on the event loop's thread only. Telemetry reads them at a scrape; n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from infra.cache.publishing.claims import AlreadyPublished, Conflict, Published, PublishOutcome
 from infra.cache.retention.collector import CollectReport
-
-
-def _untold(_seconds: float) -> None:
-    """Drop a latency: no telemetry is attached."""
+from infra.histogram import SECONDS, Histogram
 
 
 @dataclass(slots=True)
@@ -40,8 +37,8 @@ class CacheCounters:
     deleted_objects: int = 0
     deleted_bytes: int = 0
     phase_seconds: dict[str, float] = field(default_factory=dict)
-    #: Told the seconds that each call of `publish` took.
-    on_publish: Callable[[float], None] = _untold
+    #: Wall time of each call of `publish`.
+    publish_seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
 
     def count_outcomes(self, outcomes: Iterable[PublishOutcome]) -> None:
         """Count what became of the paths of one `publish`."""

@@ -3,7 +3,8 @@
 Rules:
 1. What is new is rendered once for all streams of a submission, at once where that costs little, and the less often the
    more it costs (`pause_s`): a burst of a thousand finished steps is a few writes, and a thousand watchers cost the
-   loop a thousand writes and no more. What a snapshot costs, only the next one waits for: changes follow it at once.
+   loop a thousand writes and no more. The end of a submission waits for nothing. What a snapshot costs, only the next
+   one waits for: changes follow it at once.
 2. A stream that begins gets a snapshot. So does one that has left more than `BEHIND_BYTES` unread, once it reads again:
    nothing is queued for it meanwhile.
 3. A connection that takes nothing for `coordinator.http.connections.UNREAD_S` is closed and counted there.
@@ -19,7 +20,6 @@ import asyncio
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Final
 
 from aiohttp import web
@@ -34,7 +34,7 @@ from coordinator.readmodel.watcher import Watcher
 from scheduler.pauses import Pause
 
 #: Seconds between two writes of one stream: at least, and at most where there is something new.
-LEAST_PAUSE_S: Final = 0.01
+LEAST_PAUSE_S: Final = 0.05
 PAUSE_S: Final = 0.2
 #: Seconds of silence before a comment.
 COMMENT_S: Final = 10.0
@@ -100,9 +100,12 @@ class _Feed:
         self._views = views
         self._feeds = feeds
         self.submission = submission
-        self._changed = asyncio.Event()
+        self._changed = False
         #: A stream wants a snapshot: it need not wait for the next turn.
-        self._wanted = asyncio.Event()
+        self._wanted = False
+        #: One of both is true, and it is time for it; the next changes are due from this time of the loop on.
+        self._woken = asyncio.Event()
+        self._due = 0.0
         self.streams: dict[_Stream, None] = {}
         #: The last event is in all streams that are not behind.
         self.over = False
@@ -120,7 +123,8 @@ class _Feed:
         """Have a snapshot rendered for a stream, which counts among the streams from now on."""
         stream.fresh, stream.behind = True, False
         self.streams[stream] = None
-        self._wanted.set()
+        self._wanted = True
+        self._woken.set()
 
     def join(self, stream: _Stream, last_id: str) -> None:
         """Give a stream what came after the part that `last_id` names, or a snapshot where that is not kept."""
@@ -138,13 +142,13 @@ class _Feed:
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         try:
-            with self._views.watch(self.submission, self._changed.set) as watcher:
+            with self._views.watch(self.submission, self._stir) as watcher:
                 due = anew_due = loop.time()
                 while not self.over:
                     await self._wait_until(max(due, anew_due) if watcher.is_behind else due)
-                    is_due = loop.time() >= (max(due, anew_due) if watcher.is_behind else due)
-                    if is_due and (self._changed.is_set() or watcher.is_behind):
-                        self._changed.clear()
+                    is_due = self._is_due(max(due, anew_due) if watcher.is_behind else due)
+                    if is_due and (self._changed or watcher.is_behind):
+                        self._changed = False
                         await self._views.recipes.fetch(watcher.failed())
                         anew, there = watcher.is_behind, set(self.streams)
                         events = self._keep(b"".join(await rendered(watcher.events(), _frame)))
@@ -154,7 +158,7 @@ class _Feed:
                         due = loop.time() + pause_s(0 if anew else len(events), len(known), self._feeds())
                         if anew:
                             anew_due = loop.time() + pause_s(len(events), len(known), self._feeds())
-                    self._wanted.clear()
+                    self._wanted = False
                     if fresh := [each for each in self.streams if each.fresh]:
                         await self._views.recipes.fetch(watcher.failed(anew=True))
                         begun = b"".join(await rendered(self._begin(watcher), _frame))
@@ -185,18 +189,37 @@ class _Feed:
 
     async def _wait_until(self, due: float) -> None:
         """Wait until a stream wants a snapshot, or something has changed and the time for it has come."""
-        loop = asyncio.get_running_loop()
-        with suppress(TimeoutError):
-            async with asyncio.timeout_at(due):
-                await self._wanted.wait()
-        if self._wanted.is_set() or loop.time() < due:
+        self._due = due
+        self._woken.clear()
+        self._wake_if_due()
+        if self._woken.is_set():
             return
-        wanted = [asyncio.ensure_future(event.wait()) for event in (self._changed, self._wanted)]
+        loop = asyncio.get_running_loop()
+        timer = loop.call_at(due, self._come_due) if loop.time() < due else None
         try:
-            await asyncio.wait(wanted, return_when=asyncio.FIRST_COMPLETED)
+            await self._woken.wait()
         finally:
-            for each in wanted:
-                each.cancel()
+            if timer is not None:
+                timer.cancel()
+
+    def _stir(self) -> None:
+        """Something has changed."""
+        self._changed = True
+        self._wake_if_due()
+
+    def _come_due(self) -> None:
+        """The time for changes has come."""
+        self._due = 0.0
+        self._wake_if_due()
+
+    def _wake_if_due(self) -> None:
+        if self._wanted or (self._changed and self._is_due(self._due)):
+            self._woken.set()
+
+    def _is_due(self, due: float) -> bool:
+        """Return whether what has changed is written now; the end of a submission waits for nothing."""
+        submission = self.submission
+        return submission.ended or submission.withdrawn or asyncio.get_running_loop().time() >= due
 
     async def _give(self, part: bytes, streams: list[_Stream]) -> None:
         for count, stream in enumerate(streams, 1):
