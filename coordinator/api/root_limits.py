@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Final
 
-from coordinator.api.bounds import FieldBounds
 from coordinator.api.limits import MAX_LIMIT
 from coordinator.records import record
+from infra.field_bounds import FieldBounds
 
 _LIMIT: Final = FieldBounds(ge=0, le=MAX_LIMIT)
 

@@ -16,6 +16,8 @@ from coordinator.records import record
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from infra.upload.protocol import UploadMessage
+
 #: Refusals that any route may answer: malformed, no right, a compressed body, a foreign host name, a fault of ours, not
 #: now.
 EVERY_ROUTE: Final = (400, 401, 415, 421, 500, 503)
@@ -168,7 +170,7 @@ class Route(Generic[_Answer]):
     path: str
     right: Right
     #: The request's body: a model (by its name where clients send it), or bytes of that content.
-    body: RequestName | Content | type[BaseModel] | None = None
+    body: type[BaseModel | UploadMessage] | RequestName | Content | None = None
     #: The answer's body; None: there is none.
     answer: type[_Answer] | Late[_Answer] | Content | None = None
     #: The answer is a page of a list of these.

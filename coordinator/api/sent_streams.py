@@ -9,9 +9,9 @@ from typing import Annotated, ClassVar, Final
 import orjson
 import zstandard
 
-from coordinator.api.bounds import FieldBounds
 from coordinator.errors import IntakeError
 from coordinator.records import record
+from infra.field_bounds import FieldBounds
 from infra.nix.path_info import PathInfo
 from infra.nix.store_path import StoreDir
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import asdict
 from typing import Final
 
 from coordinator.cli import exit_status
@@ -23,10 +25,10 @@ from coordinator.client.token import find_token
 from infra.nix.path_info import PathInfo
 from infra.nix.store_path import base_name_of
 from infra.objects.compression import Compression
-from infra.objects.nar_writer import CompressedNar, UploadedNar, compress_now, compressing_files
+from infra.objects.nar_encoder import CompressedNar, UploadedNar, compress_now, compressing_files
 from infra.upload.client import OpenNar, UploadClient, UploadProgress, UploadResult, upload_connections
 from infra.upload.packs import MakeObject, SourceChangedError
-from infra.upload.protocol import MAX_PATHS, KeepRequest, PathClaim, SendStatus
+from infra.upload.protocol import KEEP_NAME, MAX_PATHS, KeepRequest, PathClaim, SendStatus
 
 #: Seconds between two progress lines on a terminal.
 PROGRESS_S: Final = 0.2
@@ -38,8 +40,12 @@ async def send(request: PushRequest, store: LocalStore, roots: Sequence[str], in
     """Send the closure `infos` of `roots`; returns the exit status."""
     if len(infos) > MAX_PATHS:
         raise BadArgumentError(f"the closure has {len(infos)} paths; push parts of it, at most {MAX_PATHS} at a time")
-    claims = [PathClaim.of(info) for info in infos.values()]
     name = request.keep_as or base_name_of(roots[0])[:200]
+    if not re.fullmatch(KEEP_NAME, name):
+        raise BadArgumentError(
+            f"{name[:80]!r} cannot name a root; --keep-as takes up to 200 letters, digits and ._+?=-"
+        )
+    claims = [PathClaim.of(info) for info in infos.values()]
     keep = KeepRequest(name=name, paths=tuple(base_name_of(root) for root in roots), days=request.days)
     address = f"{request.url.rstrip('/')}/cache" + (f"/{request.cache}" if request.cache != "default" else "")
     async with upload_connections() as connections:
@@ -106,7 +112,7 @@ def _tell(request: PushRequest, address: str, name: str, result: UploadResult, p
                 "upstream": len(result.upstream),
                 "conflicts": sorted(result.conflicts),
                 "sent_bytes": progress.sent_bytes,
-                "failed": [verdict.model_dump(mode="json") for verdict in failed],
+                "failed": [asdict(verdict) for verdict in failed],
             }
         )
     else:

@@ -242,20 +242,19 @@ async def query_closure(
     from infra.daemon import DaemonError, open_stdio  # noqa: PLC0415 - slow to import, and most builds ask nothing
 
     infos: dict[str, PathInfo] = {}
-    waiting = list(paths)
+    waiting = dict.fromkeys(paths)
     command = ("nix-daemon", "--stdio", *store.flags)
     try:
-        async with await open_stdio(command, os.environ if env is None else env) as connection:
+        async with await open_stdio(command, os.environ if env is None else env, builds=False) as connection:
             while waiting:
-                path = waiting.pop()
-                if path in infos:
-                    continue
-                info = await connection.query_path_info(path)
-                if info is None:
-                    raise lacking(path)
-                infos[path] = info
-                if follow(info):
-                    waiting.extend(info.reference_paths)
+                asked, waiting = waiting, {}
+                for path, info in zip(asked, await connection.query_path_infos(list(asked)), strict=True):
+                    if info is None:
+                        raise lacking(path)
+                    infos[path] = info
+                    if follow(info):
+                        waiting.update(dict.fromkeys(info.reference_paths))
+                waiting = {path: None for path in waiting if path not in infos}
     except DaemonError as error:
         raise ClosureError(f"cannot ask the local Nix store: {error}") from None
     return infos

@@ -7,10 +7,10 @@ from typing import Any, Final, TypeVar
 
 import orjson
 
-from coordinator.api.decoding import a_list, decoder
 from coordinator.api.models import CountsChanged, Ended, Snapshot, StepChanged, TransfersChanged, WatchEvent
 from coordinator.api.route import Content, Route
 from coordinator.client.errors import ClientError
+from infra.decoding import a_list, decoder
 
 _Answer = TypeVar("_Answer")
 

@@ -24,10 +24,10 @@ from typing import Final, TypeAlias
 
 import orjson
 
-from coordinator.api.decoding import decoder
 from coordinator.api.root_limits import RootLimits
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, LeftOut
 from coordinator.records import record
+from infra.decoding import decoder
 
 MAX_BYTES: Final = 256 * 1024 * 1024
 #: Of one entry, as it is in memory: a hundred thousand attributes have some 20 MB.

@@ -19,12 +19,12 @@ from typing import Any, ClassVar, Final
 
 import orjson
 
-from coordinator.api.decoding import decoder
 from coordinator.evaluation.cache import FORM
 from coordinator.evaluation.flakes import flake_metadata
 from coordinator.evaluation.source import TREE, FlakeOrigin, NixValue, TreeOrigin, store_root
 from coordinator.evaluation.source_tree import NotWholeError, SourceTree, find_clock, read_tree, text_leak, tree_root
 from coordinator.records import record
+from infra.decoding import decoder
 from infra.nix.errors import NixError
 from infra.nix.hashing import parse_sha256
 from infra.nix.store_path import StoreDir

@@ -25,7 +25,6 @@ from typing import ClassVar, Final
 
 import orjson
 
-from coordinator.api.decoding import decoder
 from coordinator.errors import CoordinatorError
 from coordinator.evaluation.evaluator import MAX_ANSWER_BYTES, PlaceAnswer, give_way, limit_heap, resident_bytes
 from coordinator.evaluation.long_lines import LongLines
@@ -34,6 +33,7 @@ from coordinator.evaluation.model import AttrPlace, FailedAttr, Finding, LeftOut
 from coordinator.evaluation.pool import ENDLESS, MEMORY_EVERY_S, PoolLimits, shown_above
 from coordinator.evaluation.source import NixValue
 from coordinator.records import record
+from infra.decoding import decoder
 from infra.process import ChildProcess, ProcessNotFound
 
 PROGRAM: Final = "nix-eval-jobs"

@@ -22,7 +22,6 @@ from typing import Any, ClassVar, Final
 
 import orjson
 
-from coordinator.api.decoding import decoder
 from coordinator.api.limits import MAX_LIMIT
 from coordinator.api.root_limits import NO_LIMITS, RootLimits
 from coordinator.errors import CoordinatorError
@@ -31,6 +30,7 @@ from coordinator.evaluation.messages import error_line, without_noise
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, FailedAttr, parse_drv
 from coordinator.evaluation.source import NixValue, visit
 from coordinator.records import record
+from infra.decoding import decoder
 from infra.process import ChildProcess, ProcessError, run
 
 #: Most bytes of one answer: a set of a hundred thousand names has three million.

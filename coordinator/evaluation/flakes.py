@@ -12,12 +12,12 @@ from typing import Any, ClassVar, Final
 
 import orjson
 
-from coordinator.api.decoding import decoder
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.messages import error_line
 from coordinator.evaluation.model import join_attr, split_attr
 from coordinator.evaluation.source import Asked, FlakeOrigin, NixValue, nix_text, store_root
 from coordinator.records import record
+from infra.decoding import decoder
 from infra.process import ProcessError, ProcessNotFound, run
 
 #: Outputs whose first names are systems.

@@ -11,11 +11,11 @@ from typing import ClassVar, Final
 
 import orjson
 
-from coordinator.api.decoding import decoder
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.messages import error_line, plain, position
 from coordinator.evaluation.model import EvaluatedRoot, FailedAttr, parse_drv
 from coordinator.records import record
+from infra.decoding import decoder
 
 #: Characters of a line that a sentence shows.
 _SHOWN: Final = 100

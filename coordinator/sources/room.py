@@ -38,7 +38,8 @@ from infra.nix.errors import FormatError
 from infra.nix.path_info import PathInfo
 from infra.nix.store_path import hash_part_of
 from infra.objects.errors import CacheError
-from infra.objects.nar_writer import UploadedNar, upload_nar
+from infra.objects.nar_encoder import UploadedNar
+from infra.objects.nar_writer import upload_nar
 from infra.retry import Backoff
 from scheduler.effects import CancelBuild, Effect, StartBuild
 from scheduler.events import ResultsHeld

@@ -1,12 +1,12 @@
 """An asyncio client of the Nix daemon's worker protocol.
 
 `wire` is the codec without I/O, `values` what travels, `events` what a build reports, `child` and `channel` the stream,
-`framed` uploads, `connection` the requests, `proxy` what stands between another client and a daemon. Everything that
-other rooms need is named here.
+`framed` uploads, `connection` the requests, `opening` makes one, `proxy` what stands between another client and a
+daemon. Everything that other rooms need is named here.
 """
 
 from infra.daemon.confinement import UNCONFINED, Confinement, Network
-from infra.daemon.connection import DaemonConnection, open_socket, open_stdio
+from infra.daemon.connection import DaemonConnection
 from infra.daemon.control_groups import ControlGroups
 from infra.daemon.errors import (
     DaemonError,
@@ -18,6 +18,7 @@ from infra.daemon.errors import (
 )
 from infra.daemon.events import BuildEvent, Message, Phase, PrintedLines
 from infra.daemon.framed import Upload
+from infra.daemon.opening import open_socket, open_stdio
 from infra.daemon.values import (
     BasicDerivation,
     BasicOutput,

@@ -62,23 +62,30 @@ class Child:
 
     @classmethod
     async def start(
-        cls, command: Sequence[str], env: Mapping[str, str], confinement: Confinement = UNCONFINED
+        cls,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        confinement: Confinement = UNCONFINED,
+        *,
+        is_owned: bool = True,
     ) -> "Child":
         """Start the command with exactly this environment, in these namespaces.
+
+        Without an owner it is in no namespaces, and must start nothing that outlives it.
 
         Raises:
             DaemonGone: It cannot be started.
         """
         try:
             # Isolated and without `site`: the owner starts in 20 ms and takes nothing from the environment.
-            argv = [sys.executable, "-I", "-S", owner.__file__, *confinement.words(), *command]
-            return cls(await ChildProcess.start(argv, env=env))
+            above = [sys.executable, "-I", "-S", owner.__file__, *confinement.words()] if is_owned else []
+            return cls(await ChildProcess.start([*above, *command], env=env))
         except ProcessNotFound as error:
             raise DaemonGone(str(error)) from error
 
     @property
     def pid(self) -> int:
-        """Process id of the owner, which is also the id of its session."""
+        """Process id of the owner, or of what has none, which is also the id of its session."""
         return self._process.pid
 
     def memory_of_building(self) -> int:

@@ -10,15 +10,13 @@ a build is stopped: the daemon notices within about 20 ms and kills the builder.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
 from infra.daemon.channel import Channel
-from infra.daemon.child import Child
-from infra.daemon.confinement import UNCONFINED, Confinement
-from infra.daemon.control_groups import ControlGroups
 from infra.daemon.errors import (
     DaemonError,
     DaemonGone,
@@ -57,6 +55,8 @@ from infra.nix.path_info import PathInfo
 
 #: How long a daemon may take to answer the handshake; a new `nix-daemon --stdio` opens its store first.
 HANDSHAKE_S: Final = 30.0
+#: Questions that are asked before the first answer is read. A pipe holds them all, and the answers so far.
+QUESTIONS: Final = 128
 #: Most features that a server may announce.
 MAX_FEATURES: Final = 1_000
 #: Largest piece of a NAR that nar_from_path yields.
@@ -75,46 +75,8 @@ _NAR_BEGINNING: Final = b"\x0d\0\0\0\0\0\0\0nix-archive-1\0\0\0"
 _NAR_END: Final = b"\x01\0\0\0\0\0\0\0)\0\0\0\0\0\0\0"
 
 
-async def open_stdio(
-    command: Sequence[str],
-    env: Mapping[str, str],
-    confinement: Confinement = UNCONFINED,
-    groups: ControlGroups | None = None,
-) -> "DaemonConnection":
-    """Start a daemon of our own (`nix-daemon --stdio ...`, the whole command) and shake hands.
-
-    Args:
-        command: Program and arguments; `--store` and `--option` are understood by nix-daemon.
-        env: The child's whole environment; nothing is inherited.
-        confinement: Namespaces that the daemon and its builds live in.
-        groups: Where the daemon gets a control group of its own, which measures its builds.
-
-    Raises:
-        DaemonGone: The command cannot be started, or ended instead of answering.
-        DaemonUnsupportedError: It speaks a protocol before 1.32.
-        DaemonProtocolError: It does not speak the protocol.
-    """
-    child = await Child.start(command, env, confinement)
-    connection = await DaemonConnection.over(Channel(child.reader, child.writer, child))
-    if groups is not None:
-        try:
-            await child.enter_group(groups)
-        except BaseException:
-            await connection.close()
-            raise
-    return connection
-
-
-async def open_socket(path: str) -> "DaemonConnection":
-    """Connect to a running daemon, usually at /nix/var/nix/daemon-socket/socket, and shake hands.
-
-    Raises: as open_stdio.
-    """
-    return await DaemonConnection.over(await Channel.to_socket(path))
-
-
 class DaemonConnection:
-    """One connection to a Nix daemon. Open it with `open_stdio` or `open_socket`; close it with `close`.
+    """One connection to a Nix daemon. Open it with `infra.daemon.opening`; close it with `close`.
 
     Every request may raise DaemonOperationError (the daemon refused or failed it), DaemonGone or DaemonProtocolError.
 
@@ -218,18 +180,42 @@ class DaemonConnection:
 
     async def query_path_info(self, path: str) -> PathInfo | None:
         """Return what the store knows of a path, or None if it does not have it."""
-
-        def read(inbox: Inbox) -> PathInfo | None:
-            return decode_path_info(path, inbox) if inbox.read_bool() else None
-
         try:
             async with self._request(Encoder().integer(Operation.QUERY_PATH_INFO).string(path)):
-                return await self._channel.decode(read)
+                return await self._channel.decode(partial(_read_path_info, path))
         except DaemonOperationError:
             # Nix 2.32.0-2.32.5 and 2.33.0-2.33.2 report a missing path as an error: ask in a way they answer.
             if await self._is_valid(path):
                 raise
             return None
+
+    async def query_path_infos(self, paths: Sequence[str]) -> list[PathInfo | None]:
+        """Return the same of many paths; up to QUESTIONS are asked before the first of their answers is read."""
+        found: list[PathInfo | None] = []
+        for at in range(0, len(paths), QUESTIONS):
+            found += await self._path_infos(paths[at : at + QUESTIONS])
+        return found
+
+    async def _path_infos(self, paths: Sequence[str]) -> list[PathInfo | None]:
+        request = Encoder()
+        for path in paths:
+            request.integer(Operation.QUERY_PATH_INFO).string(path)
+        found: list[PathInfo | None] = []
+        refused: list[int] = []
+        async with self._guarded():
+            async with self._noticing_silence():
+                await self._channel.send(request.getvalue())
+            for number, path in enumerate(paths):
+                try:
+                    await self._until_last(_ignore)
+                except DaemonOperationError:
+                    refused.append(number)
+                    found.append(None)
+                else:
+                    found.append(await self._channel.decode(partial(_read_path_info, path)))
+        for number in refused:
+            found[number] = await self.query_path_info(paths[number])
+        return found
 
     async def is_trusted(self, valid_path: str = "") -> bool | None:
         """Return whether the daemon trusts this client; None when it cannot be known.
@@ -496,3 +482,7 @@ class DaemonConnection:
 
 def _ignore(_: WireMessage) -> None:
     """Take no notice of a message."""
+
+
+def _read_path_info(path: str, inbox: Inbox) -> PathInfo | None:
+    return decode_path_info(path, inbox) if inbox.read_bool() else None

@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from infra.nix.narinfo import NarInfo
-from infra.objects.store import INLINE_BYTES, LocalObjectStore, ObjectStore
+from infra.objects.object_files import INLINE_BYTES
+from infra.objects.store import LocalObjectStore, ObjectStore
 from infra.objects.verification import VerifiedNar
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
+
+#: Data up to this size is handled without a change of threads, which would cost more than the work (about 0.2 ms).
+INLINE_BYTES: Final = 64 * 1024
 
 
 def put_file(staged: Path, final: Path, data: bytes) -> None:

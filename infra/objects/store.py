@@ -38,7 +38,7 @@ from infra.objects.errors import (
     StoreFullError,
     StoreUnreachableError,
 )
-from infra.objects.object_files import create, put_file, rename, write_all
+from infra.objects.object_files import INLINE_BYTES, create, put_file, rename, write_all
 
 if TYPE_CHECKING:
     from obstore import BytesStream
@@ -55,8 +55,6 @@ PART_BYTES = 8 * 1024 * 1024
 PARTS_IN_FLIGHT = 2
 #: Bytes that a stream yields at once, about.
 READ_BYTES = 1024 * 1024
-#: Data up to this size is handled without a change of threads, which would cost more than the work (about 0.2 ms).
-INLINE_BYTES = 64 * 1024
 
 #: Seconds for a remote store to be connected to, to send its next bytes (a part is on its way meanwhile), and to send
 #: a whole object. A silent store is an error within minutes, never a hang.

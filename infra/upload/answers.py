@@ -6,15 +6,15 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final, TypeVar
 
-from pydantic import BaseModel, ValidationError
-
+from infra.decoding import decoder
 from infra.exchange import Answer
 from infra.upload.errors import SenderRefusedError, UploadFailedError
+from infra.upload.protocol import UploadMessage
 
 #: Bytes of an answer that are read.
 MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 
-_Answer = TypeVar("_Answer", bound=BaseModel)
+_Answer = TypeVar("_Answer", bound=UploadMessage)
 
 
 def require_success(answer: Answer) -> None:
@@ -42,7 +42,14 @@ def parse(answer: Answer, model: type[_Answer]) -> _Answer:
     """Return the message that an answer is. Raises `UploadFailedError` where it is none, or longer than all are."""
     if len(answer.body) > MAX_ANSWER_BYTES:
         raise UploadFailedError(f"the coordinator's answer is longer than {MAX_ANSWER_BYTES} bytes")
+    return parse_message(answer.body, model)
+
+
+def parse_message(text: bytes | str, model: type[_Answer]) -> _Answer:
+    """Return the message that a JSON text is. Raises `UploadFailedError`."""
+    kind: Any = model
     try:
-        return model.model_validate_json(answer.body)
-    except ValidationError as error:
+        message: _Answer = decoder(kind)(json.loads(text))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UploadFailedError("the coordinator's answer cannot be read: is it another release?") from error
+    return message

@@ -12,15 +12,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 from urllib.parse import quote
 
-from pydantic import BaseModel
-
 from infra.exchange import AddressError, BadAnswerError, Connections
 from infra.objects.compression import COMPRESSION, Compression
-from infra.objects.nar_writer import MADE_BYTES, CompressedNar
+from infra.objects.nar_encoder import MADE_BYTES, CompressedNar
 from infra.retry import spread
 from infra.upload.answers import parse, require_success
 from infra.upload.errors import BehindError, SenderRefusedError, UploadFailedError
@@ -46,6 +44,7 @@ from infra.upload.protocol import (
     SendVerdict,
     SentOffset,
     SentPath,
+    UploadMessage,
     Urls,
     UrlsWanted,
     part_bytes,
@@ -64,7 +63,7 @@ BEGINNINGS: Final = 3
 #: Paths that changed which an error names.
 CHANGED_NAMED: Final = 8
 
-_Answer = TypeVar("_Answer", bound=BaseModel)
+_Answer = TypeVar("_Answer", bound=UploadMessage)
 #: Opens the NAR of a claimed path, compressed as the cache wants it.
 OpenNar = Callable[[PathClaim, Compression], AbstractAsyncContextManager[CompressedNar]]
 
@@ -108,7 +107,7 @@ class _Source:
         """Return a verdict with the reason of the pack in which the path came."""
         if verdict.status is not SendStatus.REFUSED or verdict.path not in self.refused:
             return verdict
-        return verdict.model_copy(update={"message": self.refused[verdict.path]})
+        return replace(verdict, message=self.refused[verdict.path])
 
 
 def upload_connections() -> Connections:
@@ -382,10 +381,10 @@ class UploadClient:
         verb: str,
         address: str,
         model: type[_Answer] | None,
-        body: BaseModel | None = None,
+        body: UploadMessage | None = None,
         total_s: float = 120.0,
     ) -> _Answer:
-        text = b"" if body is None else await asyncio.to_thread(lambda: body.model_dump_json().encode())
+        text = b"" if body is None else await asyncio.to_thread(body.json)
         headers = {**self._headers, "Content-Type": "application/json"}
 
         async def ask() -> _Answer | None:

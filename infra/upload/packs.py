@@ -14,7 +14,7 @@ from typing import Final
 
 from infra.objects.compression import Compression
 from infra.objects.errors import CacheError
-from infra.objects.nar_writer import UploadedNar
+from infra.objects.nar_encoder import UploadedNar
 from infra.upload.errors import UploadFailedError
 from infra.upload.protocol import MAX_PACK_BYTES, PACK_NAR_BYTES, PACK_PATHS, PathClaim, SentPath, most_bytes
 

@@ -64,7 +64,7 @@ class PartSender:
         async with self._asking:
             if number not in self._urls:
                 answer = await self._client.parts(self._upload, self._claim.path, number)
-                self._urls = dict(answer.urls)
+                self._urls = {int(each): url for each, url in answer.urls.items()}
                 self._have = {part.number: (part.size, part.etag) for part in answer.have}
             url = self._urls.get(number)
         if url is None:

@@ -20,11 +20,13 @@ and finds what had arrived in pieces.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Annotated, Final
+from typing import Annotated, Any, ClassVar, Final
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
-
+from infra.field_bounds import FieldBounds
 from infra.nix.base32 import SHA256_PATTERN
 from infra.nix.narinfo import StoredNar
 from infra.nix.path_info import PathInfo
@@ -50,9 +52,14 @@ MAX_URLS: Final = 256
 #: Seconds for which an upload is held without word of its sender.
 UPLOAD_TTL_S: Final = 900.0
 
-_Name = Annotated[str, Field(min_length=34, max_length=255)]
-_Hash = Annotated[str, Field(pattern=f"^sha256:{SHA256_PATTERN}$")]
-_Size = Annotated[int, Field(ge=1, le=MAX_NAR_BYTES)]
+#: Names of the roots that pushes make.
+KEEP_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._+?=-]{0,199}"
+
+_Name = Annotated[str, FieldBounds(min_length=34, max_length=255)]
+_Hash = Annotated[str, FieldBounds(pattern=f"^sha256:{SHA256_PATTERN}$")]
+_MeasuredHash = Annotated[str, FieldBounds(pattern=f"^(sha256:{SHA256_PATTERN})?$")]
+_Size = Annotated[int, FieldBounds(ge=1, le=MAX_NAR_BYTES)]
+_Etag = Annotated[str, FieldBounds(max_length=200)]
 
 
 def most_bytes(nar_size: int) -> int:
@@ -66,21 +73,32 @@ def part_bytes(nar_size: int) -> int:
     return max(PART_BYTES, (most_bytes(nar_size) // MAX_PARTS // unit + 1) * unit)
 
 
-class UploadMessage(BaseModel):
-    """Base of the messages: immutable, strict about unknown fields."""
+class UploadMessage:
+    """Base of the messages: immutable records. Read with strict checks on both sides: unknown fields are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    __slots__ = ()
+    #: For the receiver of requests, who has pydantic check the bounds.
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}
+
+    def json(self) -> bytes:
+        """Return the message as it travels."""
+        return json.dumps(self, default=_members, separators=(",", ":")).encode()
 
 
+def _members(value: Any) -> Any:
+    return {each.name: getattr(value, each.name) for each in fields(value)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PathClaim(UploadMessage):
     """A path that is to be in the cache, as the sender's store knows it."""
 
     path: _Name
     nar_hash: _Hash
     nar_size: _Size
-    references: Annotated[tuple[_Name, ...], Field(max_length=100_000), FailFast()] = ()
-    deriver: Annotated[str, Field(max_length=255)] = ""
-    ca: Annotated[str, Field(max_length=200)] = ""
+    references: Annotated[tuple[_Name, ...], FieldBounds(max_length=100_000, fail_fast=True)] = ()
+    deriver: Annotated[str, FieldBounds(max_length=255)] = ""
+    ca: Annotated[str, FieldBounds(max_length=200)] = ""
 
     @classmethod
     def of(cls, info: PathInfo) -> PathClaim:
@@ -96,18 +114,20 @@ class PathClaim(UploadMessage):
         return PathInfo(path, self.nar_hash, self.nar_size, self.references, self.deriver, ca=self.ca)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KeepRequest(UploadMessage):
     """Root that is to keep the pushed paths: of kind `push`, with this name, for so many days (0: for ever)."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+?=-]{0,199}$")]
-    paths: Annotated[tuple[_Name, ...], Field(min_length=1, max_length=MAX_PATHS), FailFast()]
-    days: Annotated[float, Field(ge=0, le=36_500)] = 30.0
+    name: Annotated[str, FieldBounds(pattern=f"^{KEEP_NAME}$")]
+    paths: Annotated[tuple[_Name, ...], FieldBounds(min_length=1, max_length=MAX_PATHS, fail_fast=True)]
+    days: Annotated[float, FieldBounds(ge=0, le=36_500)] = 30.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Begin(UploadMessage):
     """All paths of the closure, those that may be there too: each is protected from collection from here on."""
 
-    paths: Annotated[tuple[PathClaim, ...], Field(min_length=1, max_length=MAX_PATHS), FailFast()]
+    paths: Annotated[tuple[PathClaim, ...], FieldBounds(min_length=1, max_length=MAX_PATHS, fail_fast=True)]
 
 
 class SendRoute(StrEnum):
@@ -117,19 +137,24 @@ class SendRoute(StrEnum):
     RELAY = "relay"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SentPath(UploadMessage):
-    """An object that was sent whole. `etags` are those of its parts, in order; empty where it had none."""
+    """An object that was sent whole. `etags` are those of its parts, in order; empty where it had none.
+
+    `file_hash` is "" where the sender did not hash it, which `MEASURES` permits for a relayed one.
+    """
 
     path: _Name
-    file_hash: _Hash
+    file_hash: _MeasuredHash
     file_size: _Size
-    etags: Annotated[tuple[Annotated[str, Field(max_length=200)], ...], Field(max_length=MAX_PARTS), FailFast()] = ()
+    etags: Annotated[tuple[_Etag, ...], FieldBounds(max_length=MAX_PARTS, fail_fast=True)] = ()
 
     def stored(self, url: str, compression: str) -> StoredNar:
         """Return the object, which the coordinator placed at `url`."""
         return StoredNar(url, compression, self.file_hash, self.file_size)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Begun(UploadMessage):
     """Answer to the begin of an upload: the paths to send, the route of each, and the paths that are there already."""
 
@@ -150,26 +175,30 @@ class Begun(UploadMessage):
     arrived: tuple[SentPath, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UrlsWanted(UploadMessage):
     """Paths whose object is at most SINGLE_BYTES."""
 
-    paths: Annotated[tuple[_Name, ...], Field(min_length=1, max_length=MAX_URLS), FailFast()]
+    paths: Annotated[tuple[_Name, ...], FieldBounds(min_length=1, max_length=MAX_URLS, fail_fast=True)]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Urls(UploadMessage):
     """Path -> address to PUT the whole object to; good for some minutes."""
 
     urls: dict[str, str]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PartsWanted(UploadMessage):
     """Part numbers, from 1, of one object larger than SINGLE_BYTES."""
 
     path: _Name
-    first: Annotated[int, Field(ge=1, le=MAX_PARTS)]
-    count: Annotated[int, Field(ge=1, le=MAX_URLS)]
+    first: Annotated[int, FieldBounds(ge=1, le=MAX_PARTS)]
+    count: Annotated[int, FieldBounds(ge=1, le=MAX_URLS)]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoredPart(UploadMessage):
     """A part that the store has: `etag` is the MD5 of its bytes in hex where the store does as S3 does."""
 
@@ -178,29 +207,33 @@ class StoredPart(UploadMessage):
     etag: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parts(UploadMessage):
     """Part number -> address to PUT it to, and the parts of the requested range that are there already."""
 
-    urls: dict[int, str]
+    urls: dict[str, str]
     have: tuple[StoredPart, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SentOffset(UploadMessage):
     """Number of bytes of an object that have arrived."""
 
     offset: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackTaken(UploadMessage):
     """Answer to a pack: its objects that are not as claimed, with the reason; all others have arrived."""
 
     refused: dict[str, str]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Commit(UploadMessage):
     """Request to publish the paths sent, all together. `keep` makes a root, also of paths that were there already."""
 
-    sent: Annotated[tuple[SentPath, ...], Field(max_length=MAX_PATHS), FailFast()]
+    sent: Annotated[tuple[SentPath, ...], FieldBounds(max_length=MAX_PATHS, fail_fast=True)]
     keep: KeepRequest | None = None
 
 
@@ -223,6 +256,7 @@ class SendStatus(StrEnum):
     FAILED = "failed"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SendVerdict(UploadMessage):
     """The outcome of one path; `url` is the object's key."""
 
@@ -233,6 +267,7 @@ class SendVerdict(UploadMessage):
     url: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Committed(UploadMessage):
     """One verdict for each path of the commit, in order."""
 

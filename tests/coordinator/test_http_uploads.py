@@ -21,13 +21,13 @@ from infra.nix import narinfo
 from infra.objects import http_source
 from infra.objects.errors import ObjectMissingError, ObjectStoreError
 from infra.objects.http_source import fetch_nar_over_http
-from infra.objects.nar_writer import compress_now, compressing, compressing_files
+from infra.objects.nar_encoder import compress_now, compressing, compressing_files
 from infra.objects.store import RETRIES
+from infra.upload.answers import parse_message
 from infra.upload.errors import SenderRefusedError, UploadFailedError
 from infra.upload.protocol import (
     PART_BYTES,
     PIECE_BYTES,
-    Begin,
     Begun,
     KeepRequest,
     SendStatus,
@@ -37,7 +37,7 @@ from tests.support.cache import STORE_DIR, chunked
 from tests.support.patience import PATIENCE_S
 from tests.support.proxy import Fault, FaultyProxy
 from tests.support.servers import S3Place, S3Server
-from tests.support.uploads import LARGE, Site, opened, opener, settings_of, thing
+from tests.support.uploads import LARGE, Site, begin_of, opened, opener, settings_of, thing
 
 
 @pytest.fixture(params=["directory", "s3", "s3 by relay"])
@@ -144,8 +144,8 @@ async def test_a_piece_that_comes_too_slowly_is_kept_as_far_as_it_came(
     monkeypatch.setattr(uploads, "SILENCE_S", 0.3)
     claim, path = thing("slow", LARGE).claim, URL(site.coordinator.ready.cache_url)
     headers = {"Authorization": f"Bearer {site.token}"}
-    async with site.session.post(path / "uploads", json=Begin(paths=(claim,)).model_dump(), headers=headers) as begun:
-        nar = path / "uploads" / Begun.model_validate(await begun.json()).id / "nar" / claim.path
+    async with site.session.post(path / "uploads", data=begin_of(claim), headers=headers) as begun:
+        nar = path / "uploads" / parse_message(await begun.read(), Begun).id / "nar" / claim.path
     reader, writer = await asyncio.open_connection(path.host, path.port)
     head = f"PUT {nar.raw_path}?offset=0 HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {site.token}\r\n"
     writer.write(f"{head}Content-Length: 1000\r\n\r\n".encode() + LARGE[:100])
@@ -158,7 +158,7 @@ async def test_a_piece_that_comes_too_slowly_is_kept_as_far_as_it_came(
     assert b" 408 " in answer.result()
     writer.close()
     async with site.session.get(nar, headers=headers) as told:
-        assert 100 <= SentOffset.model_validate(await told.json()).offset <= sent
+        assert 100 <= parse_message(await told.read(), SentOffset).offset <= sent
 
 
 async def test_an_upload_goes_on_after_the_coordinator_was_started_again(place: Settings) -> None:

@@ -7,20 +7,32 @@ from contextlib import closing
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from coordinator.api.sent_streams import SourceHeader
 from coordinator.journal.codec import Evidence, decode_evidence, encode_evidence
 from infra.daemon.values import decode_path_info, encode_path_info
 from infra.daemon.wire import Encoder, Inbox
+from infra.decoding import decoder
 from infra.nix.hashing import sha256_text
 from infra.nix.narinfo import NarInfo, StoredNar
 from infra.nix.path_info import PathInfo
-from infra.objects.nar_writer import UploadedNar, upload_nar
-from infra.upload.protocol import PathClaim, SentPath
+from infra.objects.nar_encoder import UploadedNar
+from infra.objects.nar_writer import upload_nar
+from infra.upload.protocol import (
+    Begin,
+    Commit,
+    KeepRequest,
+    PartsWanted,
+    PathClaim,
+    SentPath,
+    UploadMessage,
+    UrlsWanted,
+)
 from tests.support.cache import STORE_DIR, chunked, open_cache, secret_key
 from workers.wire.messages import OUTPUTS, Output
 
@@ -73,10 +85,47 @@ def test_a_worker_reports_an_output_with_these_bytes() -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_client_says_what_it_has_with_these_bytes(message: BaseModel | SourceHeader, sent: str) -> None:
-    said = message.model_dump_json() if isinstance(message, BaseModel) else orjson.dumps(message).decode()
-    assert said == sent
-    assert TypeAdapter(type(message)).validate_json(sent) == message
+def test_a_client_says_what_it_has_with_these_bytes(message: UploadMessage | SourceHeader, sent: str) -> None:
+    kind: Any = type(message)
+    said = message.json() if isinstance(message, UploadMessage) else orjson.dumps(message)
+    assert said == sent.encode()
+    assert decoder(kind)(orjson.loads(sent)) == TypeAdapter(kind).validate_json(sent) == message
+
+
+CLAIM = {"path": ABOVE, "nar_hash": NAR_HASH, "nar_size": 120}
+SENT = {"path": ABOVE, "file_hash": FILE_HASH, "file_size": 77}
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (PathClaim, {**CLAIM, "path": "short"}),
+        (PathClaim, {**CLAIM, "path": "x" * 256}),
+        (PathClaim, {**CLAIM, "nar_hash": "sha256:x"}),
+        (PathClaim, {**CLAIM, "nar_hash": ""}),
+        (PathClaim, {**CLAIM, "nar_size": 0}),
+        (PathClaim, {**CLAIM, "nar_size": 1 << 60}),
+        (PathClaim, {**CLAIM, "references": ["short"]}),
+        (PathClaim, {**CLAIM, "deriver": "x" * 256}),
+        (PathClaim, {**CLAIM, "other": 1}),
+        (PathClaim, {"path": ABOVE, "nar_hash": NAR_HASH}),
+        (Begin, {"paths": []}),
+        (Begin, {"paths": [CLAIM] * 10_001}),
+        (KeepRequest, {"name": "../x", "paths": [ABOVE]}),
+        (KeepRequest, {"name": "x", "paths": []}),
+        (KeepRequest, {"name": "x", "paths": [ABOVE], "days": -1}),
+        (SentPath, {**SENT, "file_hash": "md5:x"}),
+        (SentPath, {**SENT, "etags": ["x" * 201]}),
+        (PartsWanted, {"path": ABOVE, "first": 0, "count": 1}),
+        (PartsWanted, {"path": ABOVE, "first": 1, "count": 257}),
+        (UrlsWanted, {"paths": [ABOVE] * 257}),
+        (Commit, {"sent": [{**SENT, "path": 1}]}),
+        (Commit, {"sent": [], "keep": {"name": "x", "paths": [ABOVE], "for": 1}}),
+    ],
+)
+def test_a_message_beyond_its_bounds_is_refused(kind: Any, value: object) -> None:
+    with pytest.raises(ValidationError):
+        TypeAdapter(kind).validate_python(value)
 
 
 def test_a_message_gives_back_the_metadata_that_it_was_made_of() -> None:

@@ -52,7 +52,7 @@ from infra.cache.uploads.errors import ForbiddenPathError, WrongOffsetError
 from infra.clock import SystemClock
 from infra.nix.narinfo import StoredNar
 from infra.objects.errors import CacheError, StoreFullError
-from infra.objects.nar_writer import UploadedNar
+from infra.objects.nar_encoder import UploadedNar
 from infra.upload.packs import make_pack
 from infra.upload.protocol import PathClaim
 from scheduler.model import LeaseId, StepKey
@@ -339,7 +339,7 @@ async def uploads_that_cannot_be(asker: Asker, monkeypatch: pytest.MonkeyPatch) 
     await asker.ask(cache_routes.OFFSET, f"{upload}/nar/{base_name(B)}")
     await asker.ask(cache_routes.APPEND, f"{upload}/nar/{base_name(B)}?offset=0", b"x")
     await asker.ask(cache_routes.APPEND, f"{upload}/nar/{base_name(A)}?offset=7", b"x")
-    unnamed = make_pack([PathClaim.model_validate({**CLAIM, "path": base_name(B)})], "none", as_claimed).body
+    unnamed = make_pack([PathClaim(path=base_name(B), nar_hash=HASH, nar_size=100)], "none", as_claimed).body
     await asker.ask(cache_routes.PACK, f"{upload}/pack", unnamed)
     with monkeypatch.context() as patched:
         patched.setattr(uploads, "MAX_UPLOADS", 1)

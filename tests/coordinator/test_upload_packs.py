@@ -22,16 +22,16 @@ from infra.cache.uploads.relay import blocks
 from infra.clock import SystemClock
 from infra.nix.narinfo import NarInfo
 from infra.objects.compression import Compression
-from infra.objects.nar_writer import UploadedNar, compress_now
+from infra.objects.nar_encoder import UploadedNar, compress_now
 from infra.objects.store import BlockingSource
 from infra.objects.verification import verify_nar
+from infra.upload.answers import parse_message
 from infra.upload.client import UploadClient
 from infra.upload.packs import MAGIC, SourceChangedError, make_pack
 from infra.upload.protocol import (
     MAX_PACK_BYTES,
     PACK_NAR_BYTES,
     PACK_PATHS,
-    Begin,
     Begun,
     Commit,
     Committed,
@@ -99,7 +99,7 @@ async def test_a_large_object_is_verified_while_it_arrives_and_not_read_back(
 
     monkeypatch.setattr(publisher_module, "verify_nar", verify)
     honest, liar = thing("honest", LARGE[:9_000_000]), thing("liar", LARGE[9_000_000:12_000_000])
-    liar = replace(liar, claim=liar.claim.model_copy(update={"nar_hash": honest.claim.nar_hash}))
+    liar = replace(liar, claim=replace(liar.claim, nar_hash=honest.claim.nar_hash))
     assert await site.push(honest) == {honest.claim.path: SendStatus.PUBLISHED}
     assert await site.nar(honest.claim.path) == honest.nar
     assert read_back == []
@@ -107,15 +107,15 @@ async def test_a_large_object_is_verified_while_it_arrives_and_not_read_back(
     data, made = compress_now(iter([liar.nar]))
     base, headers = f"{site.coordinator.ready.cache_url}/uploads", {"Authorization": f"Bearer {site.token}"}
     async with site.session.post(base, data=begin_of(liar.claim), headers=headers) as response:
-        upload = Begun.model_validate_json(await response.read()).id
+        upload = parse_message(await response.read(), Begun).id
     url = f"{base}/{upload}/nar/{liar.claim.path}?offset=0"
     async with site.session.put(url, data=BytesIO(data), headers=headers) as response:
         assert response.status == 200
     stored = made.stored
     sent = SentPath(path=liar.claim.path, file_hash=stored.file_hash, file_size=stored.file_size)
-    commit = Commit(sent=(sent,)).model_dump_json().encode()
+    commit = Commit(sent=(sent,)).json()
     async with site.session.post(f"{base}/{upload}/commit", data=commit, headers=headers) as response:
-        (verdict,) = Committed.model_validate_json(await response.read()).verdicts
+        (verdict,) = parse_message(await response.read(), Committed).verdicts
     assert (verdict.status, read_back) == (SendStatus.REFUSED, [f"/nix/store/{liar.claim.path}"])
     assert await site.nar(liar.claim.path) is None
 
@@ -152,9 +152,9 @@ async def test_a_push_in_packs_that_is_cut_at_any_byte_loses_nothing_that_had_co
     headers = {"Authorization": f"Bearer {site.token}"}
 
     async def begin() -> Begun:
-        message = Begin(paths=tuple(each.claim for each in things)).model_dump()
-        async with site.session.post(cache / "uploads", json=message, headers=headers) as answer:
-            return Begun.model_validate(await answer.json())
+        message = begin_of(*(each.claim for each in things))
+        async with site.session.post(cache / "uploads", data=message, headers=headers) as answer:
+            return parse_message(await answer.read(), Begun)
 
     rest = 0
     came = asyncio.Event()
@@ -217,7 +217,7 @@ async def test_a_pack_takes_what_its_upload_named_from_its_sender_alone(site: Si
             return answer.status, await answer.text()
 
     async def begin(token: str) -> str:
-        return Begun.model_validate_json((await post(token, "", begin_of(mine.claim, large.claim)))[1]).id
+        return parse_message((await post(token, "", begin_of(mine.claim, large.claim)))[1], Begun).id
 
     upload = await begin(lease)
     good = pack_of(mine)
@@ -246,15 +246,13 @@ async def test_a_pack_takes_what_its_upload_named_from_its_sender_alone(site: Si
     with pytest.raises(KeyError):
         await site.client().upload_all([mine.claim], opener(), parallel=1)
     # What was proven of one claim is not of another on the same NAR.
-    upload = Begun.model_validate_json((await post(site.token, "", begin_of(mine.claim)))[1]).id
+    upload = parse_message((await post(site.token, "", begin_of(mine.claim)))[1], Begun).id
     assert (await post(site.token, f"/{upload}/pack", good))[0] == 200
-    longer = mine.claim.model_copy(update={"nar_size": mine.claim.nar_size + 1})
+    longer = replace(mine.claim, nar_size=mine.claim.nar_size + 1)
     (sent,) = make_pack([mine.claim], "zstd", maker(mine)).sent
-    again = Begun.model_validate_json(
-        (await post(site.token, "", Begin(paths=(longer,)).model_dump_json().encode()))[1]
-    )
+    again = parse_message((await post(site.token, "", begin_of(longer)))[1], Begun)
     assert (again.arrived, again.send) == ((), (mine.claim.path,))
-    commit = Commit(sent=(sent,)).model_dump_json().encode()
+    commit = Commit(sent=(sent,)).json()
     assert '"status":"refused"' in (await post(site.token, f"/{again.id}/commit", commit))[1]
     assert await site.nar(mine.claim.path) is None
 

@@ -17,7 +17,8 @@ from infra.nix.narinfo import NarInfo
 from infra.nix.path_info import PathInfo
 from infra.nix.signing import SecretKey, generate
 from infra.nix.store_path import StoreDir
-from infra.objects.nar_writer import UploadedNar, upload_nar
+from infra.objects.nar_encoder import UploadedNar
+from infra.objects.nar_writer import upload_nar
 from infra.objects.store import ObjectStore, open_object_store
 
 STORE_DIR = StoreDir("/nix/store")

@@ -17,8 +17,8 @@ from coordinator.main import Coordinator, open_coordinator
 from infra.exchange import Connections
 from infra.nix import narinfo
 from infra.nix.hashing import sha256_text
+from infra.objects.nar_encoder import compress_now, compressing
 from infra.objects.nar_reader import fetch_nar
-from infra.objects.nar_writer import compress_now, compressing
 from infra.upload.client import OpenNar, UploadClient, upload_connections
 from infra.upload.packs import MakeObject, make_pack
 from infra.upload.protocol import (
@@ -75,7 +75,7 @@ def pack_of(*things: Thing) -> bytes:
 
 
 def begin_of(*claims: PathClaim) -> bytes:
-    return Begin(paths=claims).model_dump_json().encode()
+    return Begin(paths=claims).json()
 
 
 @dataclass

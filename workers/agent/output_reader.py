@@ -22,14 +22,8 @@ from infra.nix.path_info import PathInfo
 from infra.nix.store_path import base_name_of
 from infra.objects.compression import Compression
 from infra.objects.errors import WrongNarError
-from infra.objects.nar_writer import (
-    CompressedNar,
-    UploadedNar,
-    compressing,
-    compressing_files,
-    store_nar_now,
-    upload_compressed,
-)
+from infra.objects.nar_encoder import CompressedNar, UploadedNar, compressing, compressing_files
+from infra.objects.nar_writer import store_nar_now, upload_compressed
 from infra.objects.store import LocalObjectStore, ObjectStore
 from workers.agent.attempt_record import Moving
 from workers.agent.daemon_pool import SessionPool

@@ -21,7 +21,7 @@ from infra.nix.narinfo import NarInfo
 from infra.nix.path_info import PathInfo
 from infra.objects.compression import Compression
 from infra.objects.errors import CacheError
-from infra.objects.nar_writer import CompressedNar
+from infra.objects.nar_encoder import CompressedNar
 from infra.objects.store import ObjectStore
 from infra.retry import Outage, retrying
 from infra.upload.client import UploadClient

@@ -105,10 +105,10 @@ def _models(table: Iterable[Route[Any]]) -> dict[type[Any], None]:
     return found
 
 
-def _body_model(route: Route[Any]) -> type[BaseModel] | None:
+def _body_model(route: Route[Any]) -> type[Any] | None:
     if isinstance(route.body, Content) or route.body is None:
         return None
-    model: type[BaseModel] = getattr(requests, route.body) if isinstance(route.body, str) else route.body
+    model: type[Any] = getattr(requests, route.body) if isinstance(route.body, str) else route.body
     return model
 
 

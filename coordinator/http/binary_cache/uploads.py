@@ -7,11 +7,12 @@ Errors are an `ErrorView` whose `code` a sender acts on. A piece that ends early
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import cache
 from typing import Any, Final, TypeAlias, TypeVar
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from pydantic import BaseModel
+from pydantic import RootModel
 
 from coordinator.api import cache_routes
 from coordinator.api.route import Right, Route
@@ -36,6 +37,7 @@ from infra.upload.protocol import (
     Commit,
     PartsWanted,
     SentOffset,
+    UploadMessage,
     Urls,
     UrlsWanted,
 )
@@ -53,7 +55,7 @@ _STATUS: Final[Mapping[str, int]] = {
     # A sender goes on after it.
     "too_slow": 408,
 }
-_Message = TypeVar("_Message", bound=BaseModel)
+_Message = TypeVar("_Message", bound=UploadMessage)
 _ForSender: TypeAlias = Callable[[web.Request, Sender], Awaitable[web.StreamResponse]]
 
 
@@ -198,7 +200,16 @@ async def _body(request: web.Request) -> AsyncIterator[bytes]:
 
 
 async def _message(request: web.Request, model: type[_Message]) -> _Message:
+    kind: Any = model
     try:
-        return await read_model(request, model, MESSAGE_BOUNDS)
+        message: _Message = (await read_model(request, _checked(kind), MESSAGE_BOUNDS)).root
     except BadRequestError as error:
         raise _BadMessageError(str(error)) from None
+    return message
+
+
+@cache
+def _checked(model: Any) -> type[RootModel[Any]]:
+    """Return what validates a message; made when the first one comes."""
+    checked: type[RootModel[Any]] = RootModel[model]
+    return checked

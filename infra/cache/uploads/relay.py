@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 from infra.cache.uploads.errors import BadUploadError, WrongOffsetError
 from infra.nix.hashing import sha256_text
 from infra.objects.errors import ObjectMissingError, ObjectStoreError, StoreFullError
-from infra.objects.nar_writer import BLOCK_BYTES
+from infra.objects.nar_encoder import BLOCK_BYTES
 from infra.objects.store import FULL, INCOMING, LocalObjectStore, ObjectStore, says_full
 from infra.objects.verification import ArrivingNar
 from infra.upload.protocol import SINGLE_BYTES

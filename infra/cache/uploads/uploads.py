@@ -287,7 +287,8 @@ class Uploads:
             # Somebody else completed it, or it was aborted: the sender begins the object again.
             upload.multiparts.pop(path, None)
             raise WrongOffsetError(0) from None
-        return Parts(urls=await direct.part_urls(key, multipart, numbers), have=tuple(have))
+        urls = await direct.part_urls(key, multipart, numbers)
+        return Parts(urls={str(number): url for number, url in urls.items()}, have=tuple(have))
 
     def _needs_direct(self) -> DirectUploads:
         if self._direct is None:

@@ -10,7 +10,7 @@ import pytest
 from infra.cache.uploads import relay
 from infra.cache.uploads.relay import RelayStaging
 from infra.nix.hashing import sha256_text
-from infra.objects.nar_writer import compress_now
+from infra.objects.nar_encoder import compress_now
 from infra.objects.store import open_object_store
 from infra.objects.verification import ArrivingNar
 from tests.support.cache import chunked

@@ -20,7 +20,7 @@ from infra.daemon import (
     Upload,
     open_socket,
 )
-from infra.daemon.connection import ROOTS_AT_ONCE
+from infra.daemon.connection import QUESTIONS, ROOTS_AT_ONCE
 from infra.daemon.wire import SERVER_MAGIC, TAG_ERROR, TAG_LAST, TAG_RESULT, TAG_START_ACTIVITY, Encoder
 from infra.nix.hashing import sha256_text
 from infra.nix.path_info import PathInfo
@@ -246,6 +246,36 @@ def started(activity: int, drv_path: str) -> Encoder:
 
 def log_line(activity: int, line: bytes) -> Encoder:
     return Encoder().integer(TAG_RESULT).integer(activity).integer(101).integer(1).integer(1).string(line)
+
+
+async def test_many_paths_are_asked_about_together_and_each_answer_is_its_own(socket_dir: Path) -> None:
+    paths = [f"{PATH}-{number}" for number in range(QUESTIONS + 3)]
+    absent, refused = set(paths[::50]), paths[1]
+
+    async def script(peer: Peer) -> None:
+        await peer.shake_hands(38)
+        for together in (paths[:QUESTIONS], paths[QUESTIONS:]):
+            for path in together:
+                await peer.expect(Encoder().integer(26).string(path))
+            for path in together:
+                if path == refused:
+                    await peer.fail(f"path '{path}' is not valid")
+                elif path in absent:
+                    await peer.say(Encoder().integer(TAG_LAST).integer(0))
+                else:
+                    answer = Encoder().integer(TAG_LAST).integer(1).string("").string("0" * 64).strings(())
+                    await peer.say(answer.integer(0).integer(120).integer(0).strings(()).string(""))
+            if refused in together:
+                await peer.expect(Encoder().integer(26).string(refused))
+                await peer.fail(f"path '{refused}' is not valid")
+                await peer.expect(Encoder().integer(1).string(refused))
+                await peer.say(Encoder().integer(TAG_LAST).integer(0))
+
+    async with connected(socket_dir, script) as connection:
+        found = await connection.query_path_infos(paths)
+    assert [each and each.store_path for each in found] == [
+        None if path in absent or path == refused else path for path in paths
+    ]
 
 
 async def test_only_lines_of_the_requested_build_are_its_log(socket_dir: Path) -> None:

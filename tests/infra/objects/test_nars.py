@@ -18,9 +18,11 @@ from infra.nix.hashing import sha256_text
 from infra.nix.narinfo import NarInfo, StoredNar
 from infra.objects.compression import SUFFIXES, Compression
 from infra.objects.errors import CacheError, CorruptNarError, ObjectMissingError, ObjectStoreError
+from infra.objects.nar_encoder import BLOCK_BYTES, FRAME_BYTES, UploadedNar
 from infra.objects.nar_reader import fetch_nar
-from infra.objects.nar_writer import BLOCK_BYTES, FRAME_BYTES, QUICK_BYTES, UploadedNar, upload_nar
-from infra.objects.store import INLINE_BYTES, LocalObjectStore, ObjectStore
+from infra.objects.nar_writer import QUICK_BYTES, upload_nar
+from infra.objects.object_files import INLINE_BYTES
+from infra.objects.store import LocalObjectStore, ObjectStore
 from tests.support.cache import chunked, narinfo_of
 from tests.support.patience import PATIENCE_S
 

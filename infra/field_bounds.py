@@ -10,9 +10,12 @@ from typing import Any, Final
 
 
 class FieldBounds:
-    """Keywords of pydantic's schema of a number or a text: `ge`, `le`, `lt`, `max_length`."""
+    """Keywords of pydantic's schema: `ge`, `le`, `lt`, `min_length`, `max_length`, `pattern`.
 
-    def __init__(self, **keywords: int) -> None:
+    Of a tuple `fail_fast` too: its first bad member ends the check.
+    """
+
+    def __init__(self, **keywords: int | str) -> None:
         self.keywords: Final = keywords
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
