@@ -54,7 +54,12 @@ async def send(request: PushRequest, store: LocalStore, roots: Sequence[str], in
         try:
             parallel = os.cpu_count() or 1
             result = await client.upload_all(
-                claims, _opener(store), parallel=parallel, keep=keep, make_object=_maker(store)
+                claims,
+                _opener(store),
+                parallel=parallel,
+                keep=keep,
+                make_object=_maker(store),
+                open_unhashed=_opener(store, is_hashed=False),
             )
         finally:
             if shown is not None:
@@ -63,13 +68,13 @@ async def send(request: PushRequest, store: LocalStore, roots: Sequence[str], in
     return _tell(request, address, name, result, client.progress)
 
 
-def _opener(store: LocalStore) -> OpenNar:
+def _opener(store: LocalStore, *, is_hashed: bool = True) -> OpenNar:
     # On macOS Nix renames files that differ in case only; their NAR has the true names.
     case_hack = sys.platform == "darwin"
 
     def open_nar(claim: PathClaim, compression: Compression) -> AbstractAsyncContextManager[CompressedNar]:
         nar = store.dump(f"{store.store_dir}/{claim.path}", case_hack=case_hack)
-        return compressing_files(nar, compression)
+        return compressing_files(nar, compression, is_hashed=is_hashed)
 
     return open_nar
 

@@ -130,23 +130,26 @@ _CODECS: dict[Compression, type[_Codec]] = {"zstd": _ZstdFrames, "xz": _XzStream
 class NarEncoder:
     """NAR blocks in, compressed bytes out, both sides hashed. Not for two threads at once."""
 
-    def __init__(self, compression: Compression) -> None:
+    def __init__(self, compression: Compression, *, is_hashed: bool = True) -> None:
+        """Without hashes, which are more than half of the work, only sizes are known at the end."""
         self._compression = compression
         self._codec = _CODECS[compression]()
-        self._nar_hash = sha256()
+        self._nar_hash = sha256() if is_hashed else None
         self._nar_size = 0
-        self._file_hash = sha256()
+        self._file_hash = sha256() if is_hashed else None
         self._file_size = 0
 
     def whole(self, nar: bytes) -> bytes:
         """Encode all there is."""
-        self._nar_hash.update(nar)
+        if self._nar_hash is not None:
+            self._nar_hash.update(nar)
         self._nar_size = len(nar)
         return self._out(self._codec.whole(nar))
 
     def add(self, block: bytes | memoryview) -> bytes:
         """Encode one block of at most BLOCK_BYTES; what comes out may be empty."""
-        self._nar_hash.update(block)
+        if self._nar_hash is not None:
+            self._nar_hash.update(block)
         self._nar_size += len(block)
         return self._out(self._codec.add(block))
 
@@ -155,13 +158,16 @@ class NarEncoder:
         return self._out(self._codec.finish())
 
     def uploaded(self, packing_s: float) -> UploadedNar:
-        """Return what the object is, once all of it went through."""
+        """Return what the object is, once all of it went through; hashes are "" where none were made."""
+        if self._nar_hash is None or self._file_hash is None:
+            return UploadedNar("", self._nar_size, StoredNar("", self._compression, "", self._file_size), packing_s)
         file_hash = sha256_text(self._file_hash.digest())
         stored = StoredNar(nar_key(file_hash, self._compression), self._compression, file_hash, self._file_size)
         return UploadedNar(sha256_text(self._nar_hash.digest()), self._nar_size, stored, packing_s)
 
     def _out(self, data: bytes) -> bytes:
-        self._file_hash.update(data)
+        if self._file_hash is not None:
+            self._file_hash.update(data)
         self._file_size += len(data)
         return data
 
@@ -214,16 +220,16 @@ async def compressing(
 
 @asynccontextmanager
 async def compressing_files(
-    chunks: Iterator[bytes], compression: Compression = COMPRESSION
+    chunks: Iterator[bytes], compression: Compression = COMPRESSION, *, is_hashed: bool = True
 ) -> AsyncIterator[CompressedNar]:
     """Do the same with chunks that block, all in threads: reading, hashing and compressing are one walk.
 
-    Pieces have MADE_BYTES but for the last; one is made while the one before is used.
+    `is_hashed`: as in `NarEncoder`. Pieces have MADE_BYTES but for the last; one is made while the one before is used.
 
     Raises:
         OSError: reading failed; as `chunks` gives it.
     """
-    encoder = NarEncoder(compression)
+    encoder = NarEncoder(compression, is_hashed=is_hashed)
     async with aclosing(_ahead(_cut(encode(encoder, chunks)))) as pieces:
         yield CompressedNar(encoder, pieces)
 

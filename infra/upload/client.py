@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 from urllib.parse import quote
 
-from infra.exchange import AddressError, BadAnswerError, Connections
+from infra.exchange import AddressError, Answer, BadAnswerError, Connections
 from infra.objects.compression import COMPRESSION, Compression
 from infra.objects.nar_encoder import MADE_BYTES, CompressedNar
 from infra.retry import spread
@@ -26,6 +26,8 @@ from infra.upload.packs import MakeObject, Pack, SourceChangedError, grouped, is
 from infra.upload.part_sender import PartSender
 from infra.upload.pieces import gathered, one_ahead
 from infra.upload.protocol import (
+    HASHES_HEADER,
+    HASHES_MADE,
     MAX_PATHS,
     MAX_URLS,
     SINGLE_BYTES,
@@ -58,12 +60,15 @@ MAX_PAUSE_S: Final = 5.0
 CONNECT_S: Final = 10.0
 SILENCE_S: Final = 60.0
 COMMIT_S: Final = 3600.0
+#: Seconds for all of another answer.
+ANSWER_S: Final = 120.0
 #: Times that a whole upload is begun again, and that a path is sent again which arrived damaged.
 BEGINNINGS: Final = 3
 #: Paths that changed which an error names.
 CHANGED_NAMED: Final = 8
 
-_Answer = TypeVar("_Answer", bound=UploadMessage)
+_Message = TypeVar("_Message", bound=UploadMessage)
+_Answer = TypeVar("_Answer")
 #: Opens the NAR of a claimed path, compressed as the cache wants it.
 OpenNar = Callable[[PathClaim, Compression], AbstractAsyncContextManager[CompressedNar]]
 
@@ -99,6 +104,8 @@ class _Source:
     make_object: MakeObject | None
     #: Objects, or packs, at one time.
     parallel: int
+    #: The same NARs without hashes, for a coordinator that makes them; None once they are sent with hashes.
+    open_unhashed: OpenNar | None = None
     changed: list[SourceChangedError] = field(default_factory=list)
     #: Path -> why the coordinator did not take it out of a pack.
     refused: dict[str, str] = field(default_factory=dict)
@@ -133,8 +140,12 @@ class UploadClient:
         parallel: int,
         keep: KeepRequest | None = None,
         make_object: MakeObject | None = None,
+        open_unhashed: OpenNar | None = None,
     ) -> UploadResult:
         """Upload all paths (at most MAX_PATHS), references in any order, `parallel` objects at a time.
+
+        `open_unhashed` opens the same NARs without hashes, for a coordinator that makes them while they arrive; what it
+        refuses then is sent again with hashes, which tell a source that changed from bytes that were damaged.
 
         Raises:
             SenderRefusedError: the coordinator refuses.
@@ -146,14 +157,18 @@ class UploadClient:
             raise UploadFailedError(f"{len(claims)} paths at once are too many; the limit is {MAX_PATHS}")
         for left in reversed(range(BEGINNINGS)):
             try:
-                return await self._upload_all(claims, _Source(open_nar, make_object, parallel), keep)
+                source = _Source(open_nar, make_object, parallel, open_unhashed)
+                return await self._upload_all(claims, source, keep)
             except SenderRefusedError as error:
                 if error.code != "unknown_upload" or not left:
                     raise
         raise AssertionError
 
     async def _upload_all(self, claims: Sequence[PathClaim], source: _Source, keep: KeepRequest | None) -> UploadResult:
-        begun = await self._ask("POST", "", Begun, Begin(paths=tuple(claims)))
+        answer = await self._exchange("POST", "", Begin(paths=tuple(claims)))
+        begun = parse(answer, Begun)
+        if answer.headers.get(HASHES_HEADER.lower()) != HASHES_MADE or begun.how is not SendRoute.RELAY:
+            source.open_unhashed = None
         by_path = {claim.path: claim for claim in claims}
         self.progress.wanted = len(begun.send)
         self.progress.paths = self.progress.nar_bytes = 0
@@ -164,6 +179,7 @@ class UploadClient:
             damaged = [verdict.path for verdict in verdicts if verdict.status is SendStatus.REFUSED]
             if damaged:
                 # Once more from the start: what had arrived before may have been of another release's making.
+                source.open_unhashed = None
                 again = await self._send_all(begun, [by_path[path] for path in damaged], source)
                 sent = [*(each for each in sent if each.path not in set(damaged)), *again]
                 verdicts = await self._commit(begun, sent, keep)
@@ -207,7 +223,7 @@ class UploadClient:
         """Send one object; nothing is returned for one that changed."""
         for left in reversed(range(BEGINNINGS)):
             try:
-                async with source.open_nar(claim, begun.compression) as nar:
+                async with (source.open_unhashed or source.open_nar)(claim, begun.compression) as nar:
                     send = self._relay if begun.how is SendRoute.RELAY else self._direct
                     etags = await send(begun.id, claim, nar.pieces)
                     uploaded = nar.uploaded()
@@ -380,25 +396,31 @@ class UploadClient:
         self,
         verb: str,
         address: str,
-        model: type[_Answer] | None,
+        model: type[_Message] | None,
         body: UploadMessage | None = None,
-        total_s: float = 120.0,
-    ) -> _Answer:
+        total_s: float = ANSWER_S,
+    ) -> _Message:
+        answer = await self._exchange(verb, address, body, total_s)
+        return None if model is None else parse(answer, model)  # type: ignore[return-value]  # then it is not used
+
+    async def _exchange(
+        self, verb: str, address: str, body: UploadMessage | None = None, total_s: float = ANSWER_S
+    ) -> Answer:
         text = b"" if body is None else await asyncio.to_thread(body.json)
         headers = {**self._headers, "Content-Type": "application/json"}
 
-        async def ask() -> _Answer | None:
+        async def ask() -> Answer:
             async with asyncio.timeout(total_s):
                 answer = await self._connections.ask(
                     verb, self._base + address, headers=headers, body=text, silence_s=total_s
                 )
             require_success(answer)
-            return None if model is None else parse(answer, model)
+            return answer
 
         for attempt in range(TRIES):
             answer = await self._again(ask, attempt)
-            if answer is not None or model is None:
-                return answer  # type: ignore[return-value]  # without a model it is not used
+            if answer is not None:
+                return answer
         raise UploadFailedError(f"the coordinator at {self._cache_url} does not answer; the next try goes on from here")
 
     async def _again(self, ask: Callable[[], Awaitable[_Answer | None]], attempt: int) -> _Answer | None:

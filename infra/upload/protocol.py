@@ -13,9 +13,10 @@
 Paths are base names throughout, hashes `sha256:<nix32>`, sizes bytes. `how` an object travels is the coordinator's
 choice: `direct`, by presigned PUTs to the object store (one, or a multipart upload of parts of `part_bytes`
 beyond SINGLE_BYTES), or `relay`, through the coordinator: small ones in packs, others in pieces. Whatever was cut goes
-on where it stopped: compression is deterministic for one version and level, so the sender compresses again, skips what
-is there and hashes everything. An upload whose id is unknown (it expired, or the coordinator began anew) is begun again
-and finds what had arrived in pieces.
+on where it stopped: compression is deterministic for one version and level, so the sender compresses again and skips
+what is there. It hashes everything, but for relayed objects of a coordinator that says it does (HASHES_HEADER): hashes
+are half of a sender's work, and who receives makes them anyhow, to hold the NAR against the claim. An upload whose id
+is unknown (it expired, or the coordinator began anew) is begun again and finds what had arrived in pieces.
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ MAX_URLS: Final = 256
 #: Seconds for which an upload is held without word of its sender.
 UPLOAD_TTL_S: Final = 900.0
 
+#: Field of the answer to a begin, and its value where relayed objects may come without hashes: the coordinator makes
+#: them as the bytes arrive. An older one says nothing, and an older sender does not look.
+HASHES_HEADER: Final = "Drover-Hashes"
+HASHES_MADE: Final = "made"
 #: Names of the roots that pushes make.
 KEEP_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._+?=-]{0,199}"
 
@@ -141,7 +146,7 @@ class SendRoute(StrEnum):
 class SentPath(UploadMessage):
     """An object that was sent whole. `etags` are those of its parts, in order; empty where it had none.
 
-    `file_hash` is "" where the sender did not hash it, which `MEASURES` permits for a relayed one.
+    `file_hash` is "" where the sender made no hashes (HASHES_HEADER): the NAR that arrived is held against the claim.
     """
 
     path: _Name

@@ -29,6 +29,8 @@ from infra.cache.uploads.errors import UploadError, WrongOffsetError
 from infra.cache.uploads.uploads import Sender, Uploads
 from infra.objects.errors import CacheError, StoreFullError
 from infra.upload.protocol import (
+    HASHES_HEADER,
+    HASHES_MADE,
     MAX_MESSAGE_BYTES,
     MAX_PACK_BYTES,
     MAX_PATHS,
@@ -136,7 +138,9 @@ class UploadRoutes:
 
     async def begin(self, request: web.Request, sender: Sender) -> web.StreamResponse:
         """Begin an upload."""
-        return answer(await self._uploads.begin(sender, await _message(request, Begin)), 201)
+        begun = await self._uploads.begin(sender, await _message(request, Begin))
+        headers = {HASHES_HEADER: HASHES_MADE} if self._uploads.makes_hashes(sender) else None
+        return answer(begun, 201, headers)
 
     async def urls(self, request: web.Request, sender: Sender) -> web.StreamResponse:
         """Presign small objects."""

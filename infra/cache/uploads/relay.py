@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterable, AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -25,7 +25,8 @@ from infra.objects.errors import ObjectMissingError, ObjectStoreError, StoreFull
 from infra.objects.nar_encoder import BLOCK_BYTES
 from infra.objects.store import FULL, INCOMING, LocalObjectStore, ObjectStore, says_full
 from infra.objects.verification import ArrivingNar
-from infra.upload.protocol import SINGLE_BYTES
+from infra.upload.pieces import one_ahead
+from infra.upload.protocol import SINGLE_BYTES, SentPath
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -85,17 +86,19 @@ class RelayStaging:
         if not running.size:
             self._make_room()
             running.nar = unpacked()
-        async for block in blocks(data):
-            if running.size + len(block) > most_bytes:
-                raise BadUploadError("the object is larger than its NAR can become")
-            if running.nar is not None:
-                # A small block may unpack to a large part of a NAR.
-                async with self._unpacking:
+        # The next block is received while one is unpacked.
+        async with aclosing(one_ahead(blocks(data))) as arriving:
+            async for block in arriving:
+                if running.size + len(block) > most_bytes:
+                    raise BadUploadError("the object is larger than its NAR can become")
+                if running.nar is not None:
+                    # A small block may unpack to a large part of a NAR.
+                    async with self._unpacking:
+                        await asyncio.to_thread(_write, file, running, block)
+                elif len(block) < BLOCK_BYTES // 4:
+                    _write(file, running, block)
+                else:
                     await asyncio.to_thread(_write, file, running, block)
-            elif len(block) < BLOCK_BYTES // 4:
-                _write(file, running, block)
-            else:
-                await asyncio.to_thread(_write, file, running, block)
         return running.size
 
     def _make_room(self) -> None:
@@ -104,10 +107,21 @@ class RelayStaging:
         if len(unpacked) >= MAX_PROOFS:
             unpacked[0].nar = None
 
-    def proves(self, slot: str, nar_hash: str, nar_size: int) -> bool:
-        """Return whether what arrived, all of it in this process, was found to be the object of this NAR."""
+    def proves(self, slot: str, nar_hash: str, nar_size: int) -> bool | None:
+        """Return whether what arrived is the object of this NAR; None unless all of it came to this process."""
         running = self._running.get(slot)
-        return running is not None and running.nar is not None and running.nar.proves(nar_hash, nar_size)
+        return None if running is None or running.nar is None else running.nar.proves(nar_hash, nar_size)
+
+    async def hashed(self, slot: str, path: str) -> SentPath | None:
+        """Return hash and size of what arrived, None where nothing did."""
+        running = await self._hash_so_far(slot)
+        if not running.size:
+            return None
+        return SentPath(path=path, file_hash=sha256_text(running.hash.digest()), file_size=running.size)
+
+    def drop(self, slot: str) -> None:
+        """Throw away what arrived."""
+        self._forget(slot)
 
     async def place(self, slot: str, key: str, file_hash: str, file_size: int) -> bool:
         """Put a whole object where it is published from; False where it has another hash or size.

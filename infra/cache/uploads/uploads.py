@@ -18,8 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -42,6 +41,7 @@ from infra.cache.uploads.errors import (
 from infra.cache.uploads.packs import PackIntake
 from infra.cache.uploads.relay import RelayStaging
 from infra.cache.uploads.s3_direct import DirectUploads, staged_key
+from infra.cache.uploads.turns import Turns
 from infra.cache.uploads.verdicts import refused, stored, verdict_of
 from infra.nix.errors import FormatError
 from infra.nix.hashing import sha256_text
@@ -79,6 +79,7 @@ PLACING: Final = 8
 ABANDONED_S: Final = 24 * 3600.0
 SWEEP_EVERY_S: Final = 600.0
 
+_ANOTHER_NAR = "what arrived is not the NAR that was claimed; it was thrown away"
 _DAMAGED = "what arrived has another hash or size; it was thrown away"
 
 _log = logging.getLogger(__name__)
@@ -100,6 +101,8 @@ class _Upload:
     expires_at: float
     #: Paths that need not be sent because an upstream has them.
     elsewhere: Mapping[str, Upstream]
+    #: Path -> its object, which its sender did not hash, as it arrived; for a commit that is repeated.
+    hashed: dict[str, SentPath] = field(default_factory=dict)
     #: Path -> key and id of its multipart upload.
     multiparts: dict[str, tuple[str, str]] = field(default_factory=dict)
 
@@ -107,14 +110,6 @@ class _Upload:
 DAY_S: Final = 86_400.0
 #: The kind of the roots that pushes are.
 PUSH: Final = "push"
-
-
-@dataclass(slots=True)
-class _Turn:
-    """Lock of a slot, which admits one writer, and the count of its users."""
-
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    users: int = 0
 
 
 class Uploads:
@@ -144,8 +139,8 @@ class Uploads:
         self._expiry = expiry
         self._pulls = Pulls(cache, upstreams)
         self._open: dict[str, _Upload] = {}
-        #: One writer of a slot at a time; entries go with their last user.
-        self._turns: dict[str, _Turn] = {}
+        #: One writer of a slot at a time.
+        self._turns = Turns()
         self._placing = asyncio.Semaphore(PLACING)
 
     async def run(self) -> None:
@@ -168,6 +163,10 @@ class Uploads:
         await self._staging.sweep(before)
         if self._direct is not None:
             await self._direct.sweep(before)
+
+    def makes_hashes(self, sender: Sender) -> bool:
+        """Return whether this sender's relayed objects may come without hashes; a worker's report must have them."""
+        return sender.publishes and self._direct is None
 
     # Beginning and ending.
 
@@ -276,7 +275,7 @@ class Uploads:
         claim = self._claim(upload, path)
         most = -(-most_bytes(claim.nar_size) // part_bytes(claim.nar_size))
         numbers = range(numbers.start, min(numbers.stop, most + 1))
-        async with self._lock(self._slot(sender, claim)):
+        async with self._turns.of(self._slot(sender, claim)):
             if path not in upload.multiparts:
                 start = f"nar/{claim.nar_hash.removeprefix('sha256:')}-{self._slot(sender, claim)[:12]}"
                 upload.multiparts[path] = await direct.open_multipart(start, f".nar{SUFFIXES[self._cache.compression]}")
@@ -313,7 +312,7 @@ class Uploads:
         """
         claim = self._claim(self._find(sender, name), path)
         slot = self._slot(sender, claim)
-        async with self._lock(slot):
+        async with self._turns.of(slot):
             # What a worker sends is verified when its build is reported.
             unpacked = partial(self._unpacked, claim) if sender.publishes else _nothing
             return await self._staging.append(slot, offset, data, most_bytes(claim.nar_size), unpacked)
@@ -352,6 +351,8 @@ class Uploads:
         """
         upload = self._find(sender, name)
         claims = [self._claim(upload, sent.path) for sent in request.sent]
+        if not self.makes_hashes(sender) and not all(sent.file_hash for sent in request.sent):
+            raise BadUploadError("an object of this upload comes with its hash")
         placed: dict[str, SendVerdict] = {}
         proofs: set[ProvenObject] = set()
 
@@ -359,7 +360,7 @@ class Uploads:
         placed.update((sent.path, stored(sent.path, self._key(sent))) for sent in request.sent if sent.path in in_packs)
 
         async def place(claim: PathClaim, sent: SentPath) -> None:
-            async with self._placing, self._lock(self._slot(sender, claim)):
+            async with self._placing, self._turns.of(self._slot(sender, claim)):
                 placed[claim.path] = await self._place(sender, upload, claim, sent, proofs)
 
         async with asyncio.TaskGroup() as tasks:
@@ -368,7 +369,7 @@ class Uploads:
                     tasks.create_task(place(claim, sent))
         if sender.publishes:
             arrived = [
-                (claim, sent)
+                (claim, sent if sent.file_hash else upload.hashed[claim.path])
                 for claim, sent in zip(claims, request.sent, strict=True)
                 if placed[claim.path].status is SendStatus.STORED
             ]
@@ -406,7 +407,7 @@ class Uploads:
         slot = self._slot(sender, claim)
         try:
             if self._direct is None:
-                return await self._place_relayed(slot, claim, sent, proofs)
+                return await self._place_relayed(upload, slot, claim, sent, proofs)
             if sent.etags:
                 return await self._place_parts(self._direct, upload, claim, sent)
             return await self._place_small(slot, claim, sent)
@@ -416,10 +417,18 @@ class Uploads:
             return SendVerdict(path=claim.path, status=SendStatus.FAILED, message=str(error))
 
     async def _place_relayed(
-        self, slot: str, claim: PathClaim, sent: SentPath, proofs: set[ProvenObject]
+        self, upload: _Upload, slot: str, claim: PathClaim, sent: SentPath, proofs: set[ProvenObject]
     ) -> SendVerdict:
-        key = self._key(sent)
         is_proven = self._staging.proves(slot, claim.nar_hash, claim.nar_size)
+        if not sent.file_hash:
+            found = await self._staging.hashed(slot, claim.path) or upload.hashed.get(claim.path)
+            if found is None:
+                return refused(claim.path, "its object was not sent")
+            if is_proven is False or found.file_size != sent.file_size:
+                self._staging.drop(slot)
+                return refused(claim.path, _ANOTHER_NAR)
+            sent = upload.hashed[claim.path] = found
+        key = self._key(sent)
         whole = await self._staging.place(slot, key, sent.file_hash, sent.file_size)
         if whole and is_proven:
             proofs.add(ProvenObject(key, claim.nar_hash, claim.nar_size))
@@ -464,18 +473,6 @@ class Uploads:
         """Name what one kind of sender uploads for one path: the same for all tries of it, another for every other."""
         words = (sender.name, claim.path, claim.nar_hash, self._cache.compression)
         return sha256("\n".join(words).encode()).hexdigest()[:32]
-
-    @asynccontextmanager
-    async def _lock(self, slot: str) -> AsyncIterator[None]:
-        turn = self._turns.setdefault(slot, _Turn())
-        turn.users += 1
-        try:
-            async with turn.lock:
-                yield
-        finally:
-            turn.users -= 1
-            if not turn.users:
-                del self._turns[slot]
 
 
 def _nothing() -> None:
