@@ -20,7 +20,9 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from infra.sqlite_driver import in_one_trip
 
 #: Items from which on the work on them leaves the event loop.
 INLINE_ITEMS: Final = 64
@@ -103,6 +105,19 @@ async def awaited(connection: AsyncConnection, work: Work[_T]) -> _T:
             clause = statement.clause(connection.dialect.name) if isinstance(statement, Prepared) else statement
             found = await connection.execute(clause, step.given or None)
             answer = found.all() if found.returns_rows else []
+
+
+async def answered(engine: AsyncEngine, ask: Ask) -> list[Any]:
+    """Return the rows of one question that reads little; on SQLite in one trip."""
+
+    def work() -> Work[list[Any]]:
+        rows: list[Any] = yield ask
+        return rows
+
+    async with engine.connect() as connection:
+        if engine.dialect.name == _SQLITE.name:
+            return await in_one_trip(connection, lambda sqlite: in_thread(sqlite, work()))
+        return await awaited(connection, work())
 
 
 def _rows(cursor: sqlite3.Cursor, ask: Ask) -> list[Any]:

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Final
 
 from coordinator.api.streams import LARGE_BYTES
@@ -213,7 +214,7 @@ class Dispatch:
             upload_token=self._upload_token(lease, order.outputs),
             traceparent=traceparent,
             cores=cores,
-            limits=BuildLimits.model_validate(asdict(limits)),
+            limits=_limits(limits),
         )
 
     async def _unreadable(self, worker: str, starts: Sequence[StartBuild], error: DerivationsError) -> None:
@@ -223,6 +224,12 @@ class Dispatch:
     async def _give_back(self, starts: Sequence[StartBuild], message: str) -> None:
         failure = Failure(FailureKind.INFRASTRUCTURE, message)
         await self._post([BuildFailed(start.lease, start.builder, failure) for start in starts])
+
+
+@lru_cache(maxsize=64)
+def _limits(limits: ResourceLimits) -> BuildLimits:
+    # Those of a submission's builds are nearly always the same.
+    return BuildLimits.model_validate(asdict(limits))
 
 
 def _recipe_of(start: StartBuild) -> tuple[StepKey, int]:

@@ -14,9 +14,11 @@ The tables lie in SQLite or in PostgreSQL. Every call may be done twice, and is 
 from __future__ import annotations
 
 import asyncio
+from collections import namedtuple
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from functools import partial
+from typing import Any, Final, NamedTuple, TypeVar
 
 import orjson
 import zstandard
@@ -37,6 +39,7 @@ from coordinator.stores.derivation_records import (
     pairs,
 )
 from infra.database import insert_or_ignore, names_parameter, names_table, open_engine, patiently, reason
+from infra.database_work import Ask, Prepared, answered
 from infra.nix.store_path import base_name_of, drv_name_of
 from scheduler.model import StepKey
 from scheduler.values import quick
@@ -107,6 +110,14 @@ class StepInfo:
 def step_info(node: Node, store_dir: str) -> StepInfo:
     """Return what people see of the step whose first recipe is `node`."""
     return _info(node.step, node.drv, node.system, node.features, node.outputs, store_dir)
+
+
+class _RecipeQuestion(NamedTuple):
+    """A question about recipes: for many, for few, and its rows."""
+
+    query: Select[Any]
+    prepared: Prepared
+    row: Callable[..., Any]
 
 
 class DerivationStore:
@@ -396,7 +407,7 @@ class DerivationStore:
         return await asyncio.to_thread(infos)
 
     async def _recipes(
-        self, wanted: Iterable[tuple[StepKey, int]], query: Select[Any]
+        self, wanted: Iterable[tuple[StepKey, int]], question: _RecipeQuestion
     ) -> list[tuple[tuple[StepKey, int], Any]]:
         """Return columns of (step, recipe index) pairs; a step's other recipes may be large and are not read."""
         steps: dict[int, list[StepKey]] = {}
@@ -404,19 +415,27 @@ class DerivationStore:
             steps.setdefault(index, []).append(step)
         found: list[tuple[tuple[StepKey, int], Any]] = []
         for index, keys in steps.items():
-            rows = await self._answers(query, dict.fromkeys(keys), ordinal=index)
-            found += [((StepKey(row.step), index), row) for row in rows]
+            names = dict.fromkeys(keys)
+            rows: Sequence[Any]
+            if len(names) <= ROWS_AT_ONCE:
+                given = {"names": names_parameter(names), "ordinal": index}
+                rows = await _translated(partial(answered, self._engine, Ask(question.prepared, given)))
+            else:
+                rows = await self._answers(question.query, names, ordinal=index)
+            found += [((StepKey(row[0]), index), question.row(*row)) for row in rows]
         return found
 
-    def _recipes_query(self, *columns: ColumnElement[Any]) -> Select[Any]:
+    def _recipes_query(self, *columns: ColumnElement[Any]) -> _RecipeQuestion:
         """Return a question about recipes of one index; made once, because making it costs as much as asking it."""
-        return (
+        query = (
             select(tables.members.c.step, *columns)
             .select_from(tables.members)
             .join(self._wanted, self._wanted.c.value == tables.members.c.step)
             .join(tables.derivations, tables.derivations.c.drv == tables.members.c.drv)
             .where(tables.members.c.ordinal == bindparam("ordinal"))
         )
+        names = [str(column.key) for column in query.selected_columns]
+        return _RecipeQuestion(query, Prepared(lambda _: query), namedtuple("_RecipeRow", names))  # noqa: PYI024 - its fields are the query's
 
     async def _rows(self, query: Select[Any], names: Iterable[str]) -> Sequence[Any]:
         return await self._answers(query.join(self._wanted, self._wanted.c.value == tables.derivations.c.drv), names)
