@@ -16,6 +16,7 @@ from coordinator.errors import CoordinatorError, StoppedError, UnavailableError
 from coordinator.fleet.ray_cluster import RayCluster, worker_state_dir
 from coordinator.main import Coordinator, FleetFactory, Ready, open_coordinator
 from coordinator.stop_signals import StopSignals
+from infra.heap import keep_heap_small
 from infra.objects.errors import CacheError
 from workers.agent.stopping import stop_agents
 from workers.errors import WorkerError
@@ -76,6 +77,7 @@ def run_up(settings: Settings, ready: Callable[[Ready], None], standing_by: Call
 
     Raises `CoordinatorError` with one sentence where the farm cannot start or go on.
     """
+    keep_heap_small()
 
     async def run() -> None:
         signals = StopSignals.install()

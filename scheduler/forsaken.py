@@ -93,7 +93,7 @@ class Forsaken:
                 # A more patient submission may stand on the others by now: the next call, at once, looks again.
                 break
         for step in over:
-            self._look_at(step, self._waiting[step][0], now)
+            self._look_at(step, (self._waiting[step][0], now))
         yield from self._take_note(now)
 
     def deadline(self) -> Iterator[Instant]:
@@ -116,9 +116,10 @@ class Forsaken:
         forsaken, deserted = self._state.ready.forsaken, self._state.ready.deserted
         if not (forsaken or deserted):
             return
-        shortest = self._shortest()
+        # One for all of them.
+        entry = (now, now + self._shortest())
         for count, step in enumerate(chain(forsaken, _standing(deserted)), 1):
-            self._look_at(step, now, now + shortest)
+            self._look_at(step, entry)
             if not count % PIECE:
                 yield PAUSE
         yield from emptied(forsaken)
@@ -126,8 +127,9 @@ class Forsaken:
         if len(self._waiting) + len(self._heap) > self._sweep_at:
             yield from self._sweep()
 
-    def _look_at(self, step: Step, since: Instant, when: float) -> None:
-        self._waiting[step] = (since, when)
+    def _look_at(self, step: Step, entry: tuple[Instant, float]) -> None:
+        self._waiting[step] = entry
+        when = entry[1]
         if when < inf:
             heappush(self._heap, (when, step.sequence, step))
 
@@ -182,7 +184,7 @@ class Forsaken:
                 over.append(step)
             else:
                 self._varied = True
-                self._look_at(step, since, until)
+                self._look_at(step, (since, until))
         over.reverse()
         return over
 

@@ -33,6 +33,7 @@ from infra.byte_budget import ByteBudget
 from infra.cache.cache import Cache
 from infra.cache.pulls.closure_pulls import ClosurePulls, Pulled
 from infra.cache.pulls.content_offers import ContentOffers
+from infra.heap import give_back_free_memory
 from infra.nix.errors import FormatError
 from infra.nix.store_path import StoreDir, parse_base_name
 from infra.objects.store import ObjectStore
@@ -44,6 +45,8 @@ from scheduler.resource_limits import ResourceLimits
 VERIFYING_COST = 6
 #: Seconds without a byte after which a stream is given up: its place is wanted by others.
 STREAM_IDLE_S = 60.0
+#: Seconds without a stream or a plan after which large plans and their derivations are forgotten.
+REST_AFTER_S = 20.0
 
 
 class Intake:
@@ -58,9 +61,11 @@ class Intake:
         limits: IntakeLimits | None = None,
         *,
         verifiers: VerifierPool | None = None,
+        rest_after_s: float = REST_AFTER_S,
     ) -> None:
         """`verifiers` verify long streams side by side; without, all are verified in this process."""
         self.verifiers = verifiers
+        self._rest_after_s = rest_after_s
         #: Fetches built paths from upstreams, which `coordinator.caches.opening` adds.
         self.pulls = ClosurePulls(cache)
         #: Gives fixed outputs what is here under another name.
@@ -80,6 +85,28 @@ class Intake:
         self._streams = 0
         #: Recipe indexes are given out by one plan at a time.
         self._planning = asyncio.Lock()
+        #: Streams and plans under way, and whether any ended since the last look.
+        self._under_way = 0
+        self._was_used = asyncio.Event()
+
+    async def run(self) -> None:
+        """Forget what is kept for speed alone once nothing was taken or planned for a while, until cancelled."""
+        while True:
+            await self._was_used.wait()
+            while self._under_way or self._was_used.is_set():
+                self._was_used.clear()
+                await asyncio.sleep(self._rest_after_s)
+            await free_in_slices([*self._memory.rest(), *self._derivations.rest()])
+            await asyncio.to_thread(give_back_free_memory)
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            self._was_used.set()
 
     async def missing(self, query: IntakeQuery) -> IntakeMissing:
         """Return the part of the query that must be sent. Built paths come from upstreams where these have them.
@@ -142,7 +169,8 @@ class Intake:
             )
         self._streams += 1
         try:
-            yield
+            with self._in_use():
+                yield
         finally:
             self._streams -= 1
 
@@ -171,6 +199,10 @@ class Intake:
         Raises:
             IntakeError: A member is not known here, an output does not exist, or the graph is too large.
         """
+        with self._in_use():
+            return await self._submit(request, sources_may_lack=sources_may_lack, known=known)
+
+    async def _submit(self, request: SubmitRequest, *, sources_may_lack: bool, known: Collection[str]) -> Planned:
         if not request.roots:
             return Planned((), (), (), ())
         # What walks the whole graph does so in a thread: a mass rebuild has some hundred thousand members.
@@ -207,7 +239,8 @@ class Intake:
                 makers |= again
             planned = await self._plan(graph, absent, wishes, sources_may_lack=sources_may_lack)
             recipe_changes = await _last_of(writing, recipe_changes)
-            plan = RememberedPlan(graph, absent, leases[-1], changes, planned)
+            # Without its roots, which are those of each submission.
+            plan = RememberedPlan(graph, absent, leases[-1], changes, replace(planned, roots=()))
             if is_ordinary and not lacking and key[1] == tuple(makers):
                 await free_in_slices(self._memory.keep(key, plan, recipe_changes))
             return await self._planned(plan, wishes, leases)
@@ -249,9 +282,10 @@ class Intake:
         roots = await asyncio.to_thread(self._roots, wishes, plan.graph.nodes)
         leases += await self.leases.answered(await asyncio.to_thread(plan.graph.sources))
         # Anew for each submission: a plan is remembered, and what is expected changes with every build.
-        steps = await asyncio.to_thread(plan.planned.expecting, self.works)
-        sizes = await asyncio.to_thread(plan.planned.held_sizes, self.works)
-        return replace(plan.planned, roots=roots, steps=steps, leases=tuple(leases), held_bytes=sizes)
+        planned = replace(plan.planned, roots=roots, leases=tuple(leases))
+        steps = await asyncio.to_thread(planned.expecting, self.works)
+        sizes = await asyncio.to_thread(planned.held_sizes, self.works)
+        return replace(planned, steps=steps, held_bytes=sizes)
 
     async def look(self, drvs: Sequence[str]) -> Graph:
         """Return the graph of derivations that are stored, full paths, as `submit` would plan it; stores nothing.
@@ -311,9 +345,13 @@ class Intake:
         for name in root.outputs:
             if name not in outputs:
                 raise IntakeError(f"{root.drv} has no output {name}; it has {', '.join(outputs)}")
-        wanted = tuple((name, path) for name, path in node.outputs if not root.outputs or name in root.outputs)
+        wanted = node.outputs
+        if root.outputs:
+            wanted = tuple([(name, path) for name, path in wanted if name in root.outputs])
         limits = ResourceLimits(**asdict(root.limits)) if root.limits else None
-        return RootNote(root.attr, self._store_dir.full(node.drv), node.step, wanted, limits)
+        drv = self._store_dir.full(node.drv)
+        # A submission may have 100,000 roots that are named by their derivations: what is equal is one.
+        return RootNote(drv if root.attr == drv else root.attr, drv, node.step, wanted, limits)
 
     async def _load(
         self, roots: Sequence[str], known: Collection[str]

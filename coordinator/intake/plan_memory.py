@@ -2,7 +2,8 @@
 
 A derivation never changes, so the graph of some roots changes only where a step gains a recipe. Where it is cut follows
 from what the cache lacks. While nothing was published, tombstoned or repaired since (`Cache.changes`), only the loss of
-objects can have changed that: so only the paths that were there are looked at. Anything may be forgotten at any time.
+objects can have changed that: so only the paths that were there are looked at. Anything may be forgotten at any time,
+and large plans are while no client sends anything.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from scheduler.model import StepKey
 
 #: Derivations of all plans in memory together, some 700 bytes each; the plan that was used longest ago goes first.
 MAX_REMEMBERED: Final = 100_000
+#: As many, once nothing was planned for a while: a plan of so many is made anew within a second.
+KEPT_AT_REST: Final = 25_000
 
 #: Base names of roots and makers, and whether fixed outputs were looked for by their content.
 PlanKey = tuple[tuple[str, ...], tuple[str, ...], bool]
@@ -70,7 +73,15 @@ class PlanMemory:
             return gone
         self._plans[key] = plan
         self._derivations += len(plan.graph.nodes)
-        while self._derivations > MAX_REMEMBERED:
+        return gone + self._shrunk_to(MAX_REMEMBERED)
+
+    def rest(self) -> list[object]:
+        """Forget plans, those that were used longest ago first, until no more than `KEPT_AT_REST` is left."""
+        return self._shrunk_to(KEPT_AT_REST)
+
+    def _shrunk_to(self, derivations: int) -> list[object]:
+        gone: list[object] = []
+        while self._derivations > derivations:
             gone += self._forget(next(iter(self._plans)))
         return gone
 

@@ -161,16 +161,19 @@ def steps_to_do(
     input-addressed step need the same steps.
     """
     specs: dict[StepKey, StepSpec] = {}
-    # Thousands of steps share each.
+    # Thousands of steps share each: what a recipe requires, and the recipe alone of one that needs no step.
     requirements: dict[tuple[str, tuple[str, ...], bool], Requirements] = {}
+    without_needs: dict[Requirements, tuple[Recipe]] = {}
 
-    def recipe(step: StepKey, drv: str) -> Recipe:
+    def recipe(step: StepKey, drv: str) -> tuple[Recipe]:
         node = nodes.get(drv) or nodes[stand_in[step]]
         wanted = (node.system, node.features, node.kind is Kind.FIXED)
         found = requirements.get(wanted)
         if found is None:
             found = requirements[wanted] = _requirements(node)
-        return Recipe(found, tuple(sorted(step_needs(node, nodes))))
+            without_needs[found] = (Recipe(found),)
+        needs = step_needs(node, nodes)
+        return (Recipe(found, tuple(sorted(needs))),) if needs else without_needs[found]
 
     def needs(step: StepKey) -> Sequence[StepKey]:
         if step in held:
@@ -178,9 +181,9 @@ def steps_to_do(
         drvs = recipes[step]
         if len(drvs) == 1:
             only = recipe(step, drvs[0])
-            specs[step] = StepSpec(step, (only,))
-            return only.needs
-        specs[step] = spec = StepSpec(step, tuple([recipe(step, drv) for drv in drvs]))
+            specs[step] = StepSpec(step, only)
+            return only[0].needs
+        specs[step] = spec = StepSpec(step, tuple([each for drv in drvs for each in recipe(step, drv)]))
         return [need for each in spec.recipes for need in each.needs]
 
     try:

@@ -50,6 +50,8 @@ ROWS_AT_ONCE = 2_000
 PAGE_BYTES: Final = 16_384
 #: Nodes kept in memory so that a submission right after its upload asks the database nothing; emptied when full.
 MAX_CACHED_NODES = 200_000
+#: As many are kept while nothing is submitted; of more none is.
+NODES_KEPT_AT_REST: Final = 25_000
 #: Steps kept in memory from their order to their publication, some kilobyte each; emptied when full.
 MAX_CACHED_INFOS: Final = 4096
 #: Bytes of a row that is read together with its size, and bytes inflated of all orders that are given so.
@@ -452,6 +454,14 @@ class DerivationStore:
             return rows
 
         return await _translated(ask)
+
+    def rest(self) -> list[object]:
+        """Forget nodes where they are many, and return them, to be freed in slices."""
+        if len(self._nodes) <= NODES_KEPT_AT_REST:
+            return []
+        # Replaced and not emptied: a thread may walk it.
+        nodes, self._nodes = self._nodes, {}
+        return list(nodes.values())
 
     def _remember(self, nodes: Sequence[Node]) -> None:
         if len(self._nodes) + len(nodes) > MAX_CACHED_NODES:

@@ -37,6 +37,7 @@ def start_tasks(  # noqa: PLR0917 - collaborators, named by their types
         *(group.create_task(each.uploads.run(), name="uploads") for each in site.caches.services),
         group.create_task(lead.leadership.hold(journal), name="leadership"),
         group.create_task(Compactor(settings.database_url("journal"), journal).run(), name="compaction"),
+        group.create_task(core.intake.run(), name="intake"),
         *([group.create_task(verifiers.run(), name="verifiers")] if (verifiers := core.intake.verifiers) else []),
         group.create_task(core.usual.run(), name="usual times"),
         group.create_task(core.etas.run(), name="foreseen ends"),

@@ -17,11 +17,13 @@ from coordinator.api.requests import IntakeQuery, RootRequest, SubmitRequest
 from coordinator.api.sent_streams import FramingError, SourceHeader, encode_derivations, encode_sources
 from coordinator.api.streams import LARGE_BYTES
 from coordinator.errors import IntakeError, MissingMemberError, UnavailableError
+from coordinator.intake import intake, plan_memory
 from coordinator.intake.errors import DerivationRefusedError, StoreDirError, TooLargeError
 from coordinator.intake.graph import Planned
 from coordinator.intake.intake import VERIFYING_COST, Intake
 from coordinator.intake.limits import IntakeLimits
 from coordinator.intake.sources import SourceRefusedError
+from coordinator.stores import derivations
 from coordinator.stores.derivations import DerivationStore
 from infra.cache.cache import Cache
 from infra.cache.pulls.closure_pulls import Pulled
@@ -43,7 +45,7 @@ class IntakeHarness:
     def __init__(self, cache: Cache, derivations: DerivationStore, limits: IntakeLimits) -> None:
         self.cache = cache
         self.derivations = derivations
-        self.intake = Intake(derivations, cache, cache.objects, STORE, limits)
+        self.intake = Intake(derivations, cache, cache.objects, STORE, limits, rest_after_s=0.0)
 
     async def send(self, members: Iterable[Made]) -> int:
         return await self.send_raw((made.name, made.data) for made in members)
@@ -519,6 +521,25 @@ async def test_a_graph_that_comes_again_is_planned_from_memory_and_never_differs
     await room.send([other])
     await room.submit(other)
     assert needs(await planned())["file.tar"] == [[], []]
+
+
+async def test_at_rest_what_is_kept_for_speed_is_forgotten_and_the_next_plan_is_the_same(
+    room: IntakeHarness, make: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_memory, "KEPT_AT_REST", 1)
+    monkeypatch.setattr(derivations, "NODES_KEPT_AT_REST", 1)
+    rested, loop = asyncio.Event(), asyncio.get_running_loop()
+    monkeypatch.setattr(intake, "give_back_free_memory", lambda: loop.call_soon_threadsafe(rested.set))
+    base = make.plain("base")
+    top = make.plain("top", [base])
+    await room.send([base, top])
+    planned = await room.submit(top)
+    resting = asyncio.create_task(room.intake.run())
+    assert room.derivations.walk([top.name], {}, []) == []
+    await rested.wait()
+    resting.cancel()
+    assert room.derivations.walk([top.name], {}, []) == [top.name]
+    assert (await room.submit(top)).steps == planned.steps
 
 
 async def test_a_plan_that_was_under_way_while_a_step_gained_a_recipe_has_it_the_next_time(

@@ -68,6 +68,19 @@ def test_a_plan_that_is_larger_than_all_room_drives_no_other_out(monkeypatch: py
     assert [memory.find(key(name)) is None for name in ("small", "fits")] == [True, False]
 
 
+def test_at_rest_the_plans_that_were_used_last_are_kept_as_far_as_they_are_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plan_memory, "KEPT_AT_REST", 3)
+    memory = PlanMemory()
+    for name in ("old", "used", "new"):
+        memory.keep(key(name), plan(name, f"{name}-2"), memory.recipe_changes)
+    memory.find(key("used"))
+    assert memory.rest()
+    assert [memory.find(key(name)) is None for name in ("old", "used", "new")] == [True, False, True]
+    assert memory.rest() == []
+
+
 def test_many_new_recipes_are_not_looked_up_in_each_of_many_small_plans() -> None:
     memory = PlanMemory()
     for number in range(100):

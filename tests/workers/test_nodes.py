@@ -29,6 +29,7 @@ from workers.ray_transport.cluster_identity import cluster_at
 from workers.ray_transport.node_process import Handover
 from workers.ray_transport.node_records import private_directory, sweep_stale
 from workers.ray_transport.nodes import RayHead, RayWorkerNode
+from workers.ray_transport.timer_slack import RAY_SLACK_NS, USUAL_SLACK_NS, timer_slack_ns
 
 shared = pytest.mark.asyncio(loop_scope="module")
 
@@ -61,6 +62,19 @@ try:
     asyncio.run(main())
 except Exception as error:
     sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+#: As Ray's own class does for a node that joins.
+LOOK_FOR_HEAD = """
+import sys
+from ray._raylet import GcsClient
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
+from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
+of_head = GetAllNodeInfoRequest.NodeSelector()
+of_head.is_head_node = True
+for info in GcsClient(address=sys.argv[1]).get_all_node_info(timeout=30, node_selectors=[of_head]).values():
+    print(GcsNodeInfo.GcsNodeState.Name(info.state), info.temp_dir)
 """
 
 
@@ -221,7 +235,25 @@ async def test_a_node_is_a_server_and_a_small_leader_with_no_other_program_of_ra
             while (programs := programs_below(worker.pid))[b"sh"] < 2:  # noqa: ASYNC110 - sends no event
                 await asyncio.sleep(0.1)
         assert programs == {leader: 1, b"raylet": 1, b"sh": 2}
+        assert programs_below(head.pid) == {leader: 1, b"gcs_server": 1}
+        servers = [
+            p.pid for each in (head, worker) for p in process_tree(each.pid) if command(p.pid).count(b"/ray/core/")
+        ]
+        assert [timer_slack_ns(server) for server in servers] == [RAY_SLACK_NS, RAY_SLACK_NS]
+        assert timer_slack_ns() == USUAL_SLACK_NS
         assert not re.search(r"site-packages", Path(f"/proc/{worker.pid}/maps").read_text())  # noqa: ASYNC240 - no disk
+
+
+@shared
+async def test_a_node_of_an_earlier_release_finds_the_directories_of_a_head_whose_raylet_has_ended(
+    head: RayHead, token: Path
+) -> None:
+    env = ray_env(token, base=os.environ, loopback=True)
+    old = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", LOOK_FOR_HEAD, head.address), env=env, stdout=subprocess.PIPE
+    )
+    found, _ = await old.communicate()
+    assert found.decode().split() == ["DEAD", str(head.directory / "r")]
 
 
 @shared

@@ -29,8 +29,9 @@ from workers.agent.settings import native_system
 from workers.ray_transport.access import make_token_file
 from workers.ray_transport.driver import ActorCalls
 from workers.ray_transport.fleet import REST_AFTER_S, RESTS, RayFleet
-from workers.ray_transport.nodes import WORKER_LABEL, RayHead, RayWorkerNode
+from workers.ray_transport.nodes import WORKER_LABEL, RayHead, RayJoiningNode, RayWorkerNode
 from workers.ray_transport.offers import SLOT, NodeBundle, labels_of
+from workers.ray_transport.timer_slack import USUAL_SLACK_NS
 from workers.wire.fleet import FleetError, FleetEvent, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
 from workers.wire.messages import Failed, FarmInfo, Hello, Lease, LogChunk, Report, Succeeded
 
@@ -78,6 +79,8 @@ class Site:
     """The machine room of this module."""
 
     def __init__(self, root: Path, token: Path, farm: FarmInfo, head: RayHead) -> None:
+        #: The node of whoever runs a fleet here.
+        self.own = RayJoiningNode(head=head.address, token_file=token, base_dir=root)
         self.root = root
         self.token = token
         self.farm = farm
@@ -97,7 +100,7 @@ class Site:
     async def fleet(self, rest_after_s: float = REST_AFTER_S) -> AsyncIterator[tuple[RayFleet, Heard]]:
         heard = Heard()
         fleet = RayFleet(token_file=self.token, farm=self.farm, rest_after_s=rest_after_s)
-        async with fleet.connected(self.head.address):
+        async with fleet.connected(self.head.address, self.own.directory):
             serving = asyncio.create_task(fleet.run(heard.sink))
             try:
                 yield fleet, heard
@@ -127,8 +130,8 @@ async def site(root: Path) -> AsyncIterator[Site]:
         site = Site(root, token, farm, head)
         async with AsyncExitStack() as nodes:
             async with asyncio.TaskGroup() as starting:
-                for name in ("a", "b", "c"):
-                    starting.create_task(nodes.enter_async_context(site.node(name)))
+                for each in (site.own, *map(site.node, "abc")):
+                    starting.create_task(nodes.enter_async_context(each))
             yield site
     assert left_behind(root) == {}
 
@@ -177,6 +180,15 @@ async def test_a_build_cannot_see_the_token_nor_learn_where_it_lies(site: Site) 
         assert daemons
         for pid in daemons:
             assert "RAY_" not in Path(f"/proc/{pid}/environ").read_text()  # noqa: ASYNC240 - a small local file
+
+
+async def test_a_build_sleeps_as_exactly_as_anywhere_although_its_agent_is_rays(site: Site) -> None:
+    async with site.fleet() as (fleet, heard):
+        await heard.until(lambda: bool(heard.hellos("a")))
+        one = order(drv("sleeper", "read -r slack < /proc/1/timerslack_ns; echo slack $slack; : > $out"))
+        await fleet.start_many("a", [one])
+        await heard.until(lambda: one.step in heard.reports)
+        assert heard.logs[one.step] == f"slack {USUAL_SLACK_NS}\n".encode()
 
 
 async def test_a_worker_sends_again_what_it_still_has(site: Site) -> None:

@@ -13,6 +13,7 @@ import msgspec
 
 from workers.ray_transport.line import LINE_FIELD, LineOffer
 from workers.ray_transport.line_server import LineServer
+from workers.ray_transport.timer_slack import USUAL_SLACK_NS, set_timer_slack
 from workers.wire.messages import CALLS, CallName
 
 if TYPE_CHECKING:
@@ -43,7 +44,12 @@ class AgentHost:
         #: Where it listens for lines; None where it cannot, or before it was greeted.
         self._lines: LineServer | None = None
         self._line: LineOffer | None = None
-        threading.Thread(target=self._loop.run_forever, name="drover-agent", daemon=True).start()
+        threading.Thread(target=self._run, name="drover-agent", daemon=True).start()
+
+    def _run(self) -> None:
+        # Builds inherit it, and would sleep for longer than they mean to.
+        set_timer_slack(USUAL_SLACK_NS)
+        self._loop.run_forever()
 
     async def answer(self, name: CallName, epoch: int, arguments: Sequence[Any]) -> Any:
         """Have the agent answer in its loop, and return its answer in ours."""

@@ -26,6 +26,7 @@ from workers.ray_transport.line_keeper import LineKeeper
 from workers.ray_transport.node_process import ray_temp_dir
 from workers.ray_transport.nodes import WORKER_LABEL
 from workers.ray_transport.offers import NodeBundle
+from workers.ray_transport.timer_slack import with_ray_slack
 from workers.wire.fleet import FleetError
 from workers.wire.messages import CallName
 from workers.wire.polling import AgentDead, AgentUnavailable
@@ -68,6 +69,10 @@ class RayDriver:
 
     def init(self, address: str, node_dir: Path | None) -> None:
         """Connect as a driver."""
+        with with_ray_slack():
+            self._init(address, node_dir)
+
+    def _init(self, address: str, node_dir: Path | None) -> None:
         ray = self._ray
         if ray.is_initialized():
             raise FleetError("this process is already connected to a Ray cluster")

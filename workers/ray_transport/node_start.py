@@ -5,7 +5,9 @@ Python programs that Ray starts beside its two servers none remains: they cost a
 
 * The raylet's two agents, for metrics and for environments that jobs bring along, are stand-ins that end with it: a
   raylet does not start without them. The farm's agents run in the installation's own environment.
-* The head has no API server.
+* The head has no API server. Its raylet ends once it has joined: nodes of before 2026-11-30 ask the tables for a head's
+  directories, and take them of one that has ended too; nothing else needs it.
+* The servers' timed waits have slack (`timer_slack`).
 * Ray's libraries go with the exec: what waits for the servers' end is a small program.
 """
 
@@ -13,13 +15,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 from workers.ray_transport import node_leader
 from workers.ray_transport.redis import FLAGS_FILE, read_password
+from workers.ray_transport.timer_slack import with_ray_slack
 
 #: Ray refuses less than 75 MiB; messages up to 100 KiB do not touch the object store at all.
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
@@ -58,17 +64,29 @@ def main(arguments: Sequence[str]) -> None:
     is_head = options.port is not None
     if is_head:
         _use_redis_password(params)
+    else:
+        _ask_for_no_head()
     # Its exit would end the servers on a Mac, where Ray has a process that watches over that; the sweep does it there.
     node = Node(params, head=is_head, shutdown_at_exit=True, spawn_reaper=sys.platform == "linux")
     servers = {kind: process.process.pid for kind, [process] in node.all_processes.items()}
-    raylet = servers.pop(PROCESS_TYPE_RAYLET)
+    if is_head:
+        del servers[PROCESS_TYPE_RAYLET]
+        _end(node.all_processes[PROCESS_TYPE_RAYLET][0].process)
     node_leader.become(
         cluster_file=Path(options.temp_dir) / "ray_current_cluster",
         cluster=node.gcs_address,
         cluster_id="" if is_head else node.cluster_id.hex(),
-        # In the order in which they end: the head's tables last.
-        servers={"raylet": raylet, **servers},
+        servers=servers,
     )
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        server.wait(node_leader.SERVER_GRACE_S)
+        return
+    server.kill()
+    server.wait()
 
 
 def _parameters(options: argparse.Namespace) -> Any:
@@ -82,6 +100,8 @@ def _parameters(options: argparse.Namespace) -> Any:
         node_name=options.name or options.host,
         labels=dict(label.split("=", 1) for label in options.label),
         temp_dir=options.temp_dir,
+        # Its own, whatever the head's is.
+        object_spilling_directory=f"{options.temp_dir}/spilled",
         # Nodes that share an address must not hand out the same fixed ports: the system chooses.
         min_worker_port=0,
         max_worker_port=0,
@@ -108,10 +128,20 @@ def _leave_out_agents() -> None:
         if process_type == PROCESS_TYPE_RAYLET:
             kept = [word for word in command if word.partition("=")[0] not in _RAYLET_OPTIONS]
             command = [*kept, *(f"{name}={value}" for name, value in _RAYLET_OPTIONS.items())]
-        return start_process(command, process_type, *positional, **named)
+        with with_ray_slack():
+            return start_process(command, process_type, *positional, **named)
 
     services.start_ray_process = started
     services.start_api_server = lambda *_, **__: ("", None)
+
+
+def _ask_for_no_head() -> None:
+    """Have a node take no directory of the head for its own: the tables forget a head of which no server runs."""
+    from ray._private import node  # noqa: PLC0415 - as above
+
+    module: Any = node
+    none = SimpleNamespace(state=None, temp_dir="", session_dir="")
+    module.get_all_node_info_until_retrieved = lambda *_, **__: [none]
 
 
 def _use_redis_password(params: Any) -> None:
