@@ -25,6 +25,7 @@ from coordinator.intake.intake import Intake
 from coordinator.intake.wish_terms import terms_of
 from coordinator.journal.codec import OriginNote, SubmissionNote, encode_note
 from coordinator.journal.notes import Note
+from coordinator.readmodel.packed_roots import with_packed_roots
 from coordinator.readmodel.rows import StepRow, SubmissionRow
 from coordinator.readmodel.views import Views
 from infra.collector import collector_paused
@@ -191,7 +192,7 @@ class Submissions:
         try:
             # In threads: they list and compress what a large graph has.
             event = await asyncio.to_thread(make, planned)
-            stored = None if note is None else await asyncio.to_thread(encode_note, note)
+            stored, note = (None, None) if note is None else await asyncio.to_thread(_stored_and_kept, note)
         except Exception:
             self._intake.leases.give_back(planned.leases)
             raise
@@ -230,6 +231,10 @@ class Submissions:
     async def _wish(self, row: SubmissionRow) -> SubmitRequest:
         """Return the request with which the client submitted."""
         return await asyncio.to_thread(_request, self._views.note(row.id))
+
+
+def _stored_and_kept(note: SubmissionNote) -> tuple[Note, SubmissionNote]:
+    return encode_note(note), with_packed_roots(note)
 
 
 def _request(note: SubmissionNote) -> SubmitRequest:

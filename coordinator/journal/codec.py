@@ -158,7 +158,7 @@ class SubmissionNote:
     """Name of a submission for people, and the number of derivations behind its steps."""
 
     label: str
-    roots: tuple[RootNote, ...]
+    roots: Sequence[RootNote]
     derivations: int
     #: W3C trace context that the client sent, and what it did before: (name, begin, end). Absent in notes of before
     #: 2026-11-29.
@@ -349,7 +349,7 @@ def _ungrown(stored: StoredNote) -> SubmissionNote:
         raise CodecError("the note of a submission is damaged.") from None
 
 
-def _note(own: bytes, roots: tuple[RootNote, ...]) -> SubmissionNote:
+def _note(own: bytes, roots: Sequence[RootNote]) -> SubmissionNote:
     try:
         note = _NOTE.convert({**need(orjson.loads(own), dict), "roots": []})
     except orjson.JSONDecodeError:
@@ -360,7 +360,7 @@ def _note(own: bytes, roots: tuple[RootNote, ...]) -> SubmissionNote:
 def decode_notes(stored: Mapping[SubmissionId, StoredNote]) -> dict[SubmissionId, SubmissionNote]:
     """Read notes back; those that share their roots share them in memory too. Raises `CodecError`."""
     notes: dict[SubmissionId, SubmissionNote] = {}
-    roots: dict[bytes, tuple[RootNote, ...]] = {}
+    roots: dict[bytes, Sequence[RootNote]] = {}
     for name, each in stored.items():
         if each.shared in roots and not each.grown:
             notes[name] = _note(each.own, roots[each.shared])

@@ -12,7 +12,7 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -98,15 +98,18 @@ def _sharing(kind: Any) -> _Change | None:
         [some] = [choice for choice in typing.get_args(kind) if choice is not types.NoneType]
         change = _sharing(some)
         return change and (lambda value: None if value is None else change(value))
-    if typing.get_origin(kind) is tuple:
-        return _sharing_tuple(*typing.get_args(kind))
+    if typing.get_origin(kind) in (tuple, Sequence):
+        return _sharing_tuple(typing.get_origin(kind), *typing.get_args(kind))
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _sharing_record(kind)
     return None
 
 
-def _sharing_tuple(first: Any, *others: Any) -> _Change | None:
+def _sharing_tuple(origin: Any, first: Any, *others: Any) -> _Change | None:
     change = _sharing(first)
+    if origin is Sequence:
+        # msgspec makes a list of it.
+        return lambda value: tuple(map(change or _same, value))
     if others != (...,):
         changes = [change, *map(_sharing, others)]
         if not any(changes):

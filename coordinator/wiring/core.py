@@ -26,6 +26,7 @@ from coordinator.readmodel.capacity import Capacity
 from coordinator.readmodel.differences import Differences
 from coordinator.readmodel.etas import Etas
 from coordinator.readmodel.explain import FarmExplainer
+from coordinator.readmodel.packed_roots import with_packed_roots
 from coordinator.readmodel.runs import Runs
 from coordinator.readmodel.throughput import Throughput
 from coordinator.readmodel.usual_times import UsualTimes
@@ -103,7 +104,7 @@ async def recover(settings: Settings, clock: Clock, stores: Stores) -> Core:
     engine = Engine(farm, stores.journal, views, clock, relay.submit)
     notes = decode_notes(await stores.journal.notes())
     replayed = await engine.recover(notes)
-    views.add_details({}, notes)
+    views.add_details({}, {name: with_packed_roots(note) for name, note in notes.items()})
     # What a replay counted is history of an earlier process.
     views.timelines.meter = AttemptMeter()
     cache = stores.cache
