@@ -27,7 +27,6 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Final, Self
 
 #: Seconds between two ticks, and after how many of them that found next to nothing spent they rest.
@@ -127,11 +126,13 @@ class LoopWatch:
                 if held_s < STALL_S or began_s == seen_s:
                     continue
                 seen_s = began_s
-                frame = sys._current_frames().get(ident)  # noqa: SLF001 - documented, the only way to another stack
-                if frame is not None:
-                    self._tell(frame, held_s)
+                self._tell(ident, held_s)
 
-    def _tell(self, frame: FrameType, held_s: float) -> None:
+    def _tell(self, ident: int, held_s: float) -> None:
+        # Known here alone: the frame keeps all that its callers know, until this thread looks at another one.
+        frame = sys._current_frames().get(ident)  # noqa: SLF001 - documented, the only way to another stack
+        if frame is None:
+            return
         stack = traceback.extract_stack(frame)
         own = [each for each in stack if each.filename.startswith(_OWN) and each.filename != __file__]
         where = own[-1] if own else stack[-1]

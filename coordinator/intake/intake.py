@@ -96,7 +96,8 @@ class Intake:
             while self._under_way or self._was_used.is_set():
                 self._was_used.clear()
                 await asyncio.sleep(self._rest_after_s)
-            await free_in_slices([*self._memory.rest(), *self._derivations.rest()])
+            for kept in (self._memory, self._derivations):
+                await free_in_slices(kept.rest())
             await asyncio.to_thread(give_back_free_memory)
 
     @contextmanager

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import resource
 import time
+import weakref
 from contextlib import suppress
 
 import pytest
@@ -33,6 +34,24 @@ async def test_a_callback_that_computes_is_counted_and_its_place_is_logged_once(
     assert watch.longest_s >= 0.2
     assert [each for each in caplog.messages if "test_loop_watch.py:compute" in each] == caplog.messages[:1]
     assert [each >= 0.2 for each in slices] == [True, True]
+
+
+class Large:
+    """Stands for a graph of 100,000 nodes."""
+
+
+def compute_with_something_large(made: list[weakref.ref[Large]]) -> None:
+    large = Large()
+    made.append(weakref.ref(large))
+    compute(0.2)
+
+
+async def test_what_a_callback_knew_that_held_the_loop_is_let_go_of(caplog: pytest.LogCaptureFixture) -> None:
+    made: list[weakref.ref[Large]] = []
+    with caplog.at_level(logging.WARNING), LoopWatch():
+        compute_with_something_large(made)
+        assert any("test_loop_watch.py:compute" in each for each in caplog.messages)
+        assert made[0]() is None
 
 
 async def test_waiting_and_other_threads_are_no_stall() -> None:
