@@ -14,7 +14,7 @@ from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.import_store import ImportBuilds
 from coordinator.evaluation.inputs import Inputs, evaluation_of
 from coordinator.evaluation.model import EvaluatedRoot, some
-from coordinator.evaluation.pool import PoolLimits
+from coordinator.evaluation.pool_limits import PoolLimits
 from coordinator.evaluation.revisions import Checkout, Repository
 
 #: Characters that are kept of why a commit does not evaluate.

@@ -31,7 +31,7 @@ from coordinator.cli.screen import Screen
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import local_store
 from coordinator.client.errors import RefusedError
-from coordinator.evaluation.pool import PoolLimits
+from coordinator.evaluation.pool_limits import PoolLimits
 from coordinator.evaluation.revisions import Repository
 from coordinator.records import record
 

@@ -149,6 +149,7 @@ def proxy(**options: Any) -> int:
     and keeps them. Nix checks the signatures, as ever; the proxy has no key. It prints the line for nix.conf and runs
     until Ctrl-C.
     """
-    from coordinator.cli import cache_proxy  # noqa: PLC0415 - slow to import
+    from coordinator.cli import cache_proxy, short_life  # noqa: PLC0415 - slow to import
 
+    short_life.stay()
     return cache_proxy.proxy(cache_proxy.settings_of(options))

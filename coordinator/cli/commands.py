@@ -4,27 +4,21 @@ Exit status: 0 done, 1 a build failed, 2 wrong usage, 3 something could not be e
 infrastructure (no coordinator, no Nix, a store that cannot be read), 130 interrupted; `exit_status` has the table.
 Whatever goes wrong is one sentence on standard error; an unexpected error is written to a file that the sentence names.
 
-Commands import what they need when they run: `drover --help` must not wait for Ray.
+Commands import what they need when they run, and are themselves imported when they are called.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import tempfile
-import traceback
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import click
 
-from coordinator.cli.bisect_command import bisect
+from coordinator.cli import short_life
 from coordinator.cli.build_arguments import refuse_contradictions, refuse_not_remote, take_flake
-from coordinator.cli.cache_commands import cache
 from coordinator.cli.completion import SHELLS, completes, script
-from coordinator.cli.doctor_command import doctor
-from coordinator.cli.environment_commands import coverage, environments
 from coordinator.cli.exit_status import INFRASTRUCTURE, INTERRUPTED, OK, USAGE, status_of
-from coordinator.cli.farm_commands import drain, head, up, worker, workers
 from coordinator.cli.options import (
     EVALUATION_OPTIONS,
     Address,
@@ -36,12 +30,7 @@ from coordinator.cli.options import (
     run_with_client,
     sectioned,
 )
-from coordinator.cli.plan_commands import plan
-from coordinator.cli.populate_command import populate
-from coordinator.cli.question_commands import capacity, demand, diff, eta, history, log, sources, story, top, trace, why
-from coordinator.cli.rebuild_commands import rebuild
-from coordinator.cli.sections import SectionedGroup
-from coordinator.cli.submission_commands import bump, submissions, wait
+from coordinator.cli.sections import LateCommands, SectionedGroup
 from coordinator.cli.submission_options import describes, taken_words
 from coordinator.errors import CoordinatorError
 from coordinator.terminal_controls import harmless
@@ -73,8 +62,49 @@ Environment:
 """
 
 
+#: Module -> its commands, which it imports when one of them is called.
+_ELSEWHERE: Final = {
+    "bisect_command": ("bisect",),
+    "cache_commands": ("cache",),
+    "doctor_command": ("doctor",),
+    "environment_commands": (
+        "coverage",
+        "environments",
+    ),
+    "farm_commands": (
+        "drain",
+        "head",
+        "up",
+        "worker",
+        "workers",
+    ),
+    "plan_commands": ("plan",),
+    "populate_command": ("populate",),
+    "question_commands": (
+        "capacity",
+        "demand",
+        "diff",
+        "eta",
+        "history",
+        "log",
+        "sources",
+        "story",
+        "top",
+        "trace",
+        "why",
+    ),
+    "rebuild_commands": ("rebuild",),
+    "submission_commands": (
+        "bump",
+        "submissions",
+        "wait",
+    ),
+}
+
+
 @click.group(
     cls=SectionedGroup,
+    commands=LateCommands(_ELSEWHERE),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog=EPILOG,
 )
@@ -219,19 +249,17 @@ def completion(shell: str) -> int:
     return OK
 
 
-for _command in (
-    *(up, head, worker, workers, drain),
-    *(log, why, diff, eta, capacity, demand, sources, top, story, trace, history),
-    *(bisect, cache, doctor, plan, populate, rebuild),
-    *(coverage, environments),
-    *(submissions, bump, wait),
-):
-    cli.add_command(_command)
-
-
 def main() -> NoReturn:
     """Run the command line and exit with its status."""
-    sys.exit(run(sys.argv[1:]))
+    short_life.begin()
+    try:
+        status = run(sys.argv[1:])
+    except SystemExit as ended:
+        # The completion of a word ends so.
+        if not isinstance(ended.code, int):
+            raise
+        status = ended.code
+    short_life.end(status)
 
 
 def run(arguments: list[str]) -> int:
@@ -262,6 +290,9 @@ def _say(sentence: str) -> None:
 
 
 def _unforeseen(error: BaseException) -> int:
+    import tempfile  # noqa: PLC0415 - slow to import
+    import traceback  # noqa: PLC0415
+
     details = "".join(traceback.format_exception(error))
     try:
         descriptor, path = tempfile.mkstemp(prefix="drover-error-", suffix=".txt")

@@ -5,18 +5,19 @@ Nothing slow is imported before a name is completed; a shell waits for each of t
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Callable
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import click
-from click.shell_completion import CompletionItem, get_completion_class
 
 from coordinator.cli.options import Address
 from coordinator.defaults import URL
 from coordinator.errors import CoordinatorError
 from coordinator.terminal_controls import harmless
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 #: Seconds after which a farm completes nothing.
 ANSWER_S: Final = 1.0
@@ -32,6 +33,8 @@ def completes(*kinds: Kind) -> Callable[[click.Context, click.Parameter, str], l
     """Return what click asks for the completions of an argument that names such things."""
 
     def complete(context: click.Context, _parameter: click.Parameter, beginning: str) -> list[CompletionItem]:
+        import asyncio  # noqa: PLC0415 - slow to import
+
         words = context.params
         address = Address(words.get("url") or URL, words.get("token_file") or "")
         try:
@@ -43,6 +46,10 @@ def completes(*kinds: Kind) -> Callable[[click.Context, click.Parameter, str], l
 
 
 async def _ask(address: Address, kinds: tuple[Kind, ...], beginning: str) -> list[CompletionItem]:
+    import asyncio  # noqa: PLC0415 - slow to import
+
+    from click.shell_completion import CompletionItem  # noqa: PLC0415
+
     async with asyncio.timeout(ANSWER_S), address.client() as client:
         answer = await client.completions(kinds, beginning)
     # One line each: a shell's script reads values and helps line by line.
@@ -55,6 +62,8 @@ async def _ask(address: Address, kinds: tuple[Kind, ...], beginning: str) -> lis
 
 def script(command: click.Command, shell: str) -> str:
     """Return what a shell runs once so that it completes `drover`."""
+    from click.shell_completion import get_completion_class  # noqa: PLC0415 - for this command alone
+
     kind = get_completion_class(shell)
     if kind is None:
         raise click.UsageError(f"{shell} is none of {', '.join(SHELLS)}")

@@ -15,11 +15,11 @@ from coordinator.cli import exit_status
 from coordinator.cli.ci import defused
 from coordinator.client.closure import local_store
 from coordinator.evaluation.cache import EvaluationCache
-from coordinator.evaluation.findings import EvaluationMeans, EvaluatorChoice
 from coordinator.evaluation.import_store import NO_IMPORTS, ImportBuilds
 from coordinator.evaluation.inputs import Inputs, evaluation_of
 from coordinator.evaluation.model import Evaluation, left_out_text, some
-from coordinator.evaluation.pool import TIMEOUT_S, PoolLimits
+from coordinator.evaluation.pool_limits import TIMEOUT_S, PoolLimits
+from coordinator.evaluation.source_plan import EvaluationMeans, EvaluatorChoice
 from coordinator.records import record
 from coordinator.terminal_controls import harmless
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from coordinator.cli import short_life
 from coordinator.cli.completion import completes
 from coordinator.cli.options import Name, addressed, run_with_client
 from coordinator.cli.sections import ExampledCommand
@@ -37,6 +38,7 @@ def up(**options: Any) -> int:
     """
     from coordinator.cli import serve  # noqa: PLC0415 - imports Ray and the HTTP server
 
+    short_life.stay()
     return serve.up(**options)
 
 
@@ -51,6 +53,7 @@ def head(**options: Any) -> int:
     """
     from coordinator.cli import serve  # noqa: PLC0415 - imports Ray
 
+    short_life.stay()
     return serve.head(**options)
 
 
@@ -83,6 +86,7 @@ def worker(head: str, ray_token: Path, host: str, state_dir: Path, **options: An
     """
     from coordinator.cli import serve  # noqa: PLC0415 - imports Ray and the HTTP server
 
+    short_life.stay()
     options["nix_options"] = dict(options["nix_options"])
     return serve.worker(
         head=head, ray_token=ray_token, host=host, config=serve.worker_config(options), state_dir=state_dir

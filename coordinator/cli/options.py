@@ -5,7 +5,6 @@ Nothing slow is imported here before a command runs.
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -189,6 +188,7 @@ def sectioned(command: _Command) -> _Command:
 
 def run_with_client(url: str, token_file: str, ask: Callable[[ApiClient], Coroutine[Any, Any, int]]) -> int:
     """Ask the coordinator one thing and return the exit status."""
+    import asyncio  # noqa: PLC0415 - slow to import, and help asks nothing
 
     async def run() -> int:
         async with Address(url, token_file).client() as client:

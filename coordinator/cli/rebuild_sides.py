@@ -17,7 +17,7 @@ from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import LocalStore, local_store
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.model import EvaluatedRoot, Evaluation, some
-from coordinator.evaluation.pool import PoolLimits
+from coordinator.evaluation.pool_limits import PoolLimits
 from coordinator.evaluation.revisions import Checkout, Repository
 from coordinator.rebuild.model import Package, SetSide
 from coordinator.rebuild.outcome import SideResult, SideState

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from importlib import import_module
 from typing import Final
 
 import click
@@ -110,6 +112,35 @@ class ExampledCommand(click.Command):
         if found := EXAMPLES.get(self.name or "", ()):
             with formatter.section("Examples"):
                 formatter.write("".join([f"  {line}\n" for line in found]))
+
+
+class LateCommands(MutableMapping[str, click.Command]):
+    """Commands by name, of which those of other modules are imported when they are looked up."""
+
+    def __init__(self, modules: Mapping[str, Sequence[str]]) -> None:
+        """`modules` are names of `coordinator.cli`, each with those of its commands."""
+        self._late = {name: module for module, names in modules.items() for name in names}
+        self._there: dict[str, click.Command] = {}
+
+    def __getitem__(self, name: str) -> click.Command:
+        if name not in self._there:
+            self._there[name] = getattr(import_module(f"coordinator.cli.{self._late[name]}"), name)
+        return self._there[name]
+
+    def __setitem__(self, name: str, command: click.Command) -> None:
+        self._there[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._there[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._late.keys() | self._there.keys())
+
+    def __len__(self) -> int:
+        return len(self._late.keys() | self._there.keys())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._there or name in self._late
 
 
 class SectionedGroup(click.Group):

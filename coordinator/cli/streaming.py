@@ -27,16 +27,17 @@ from coordinator.client.bodies import GrowBody, RootBody, SealBody, StageBody, S
 from coordinator.client.closure import LocalStore
 from coordinator.client.errors import RefusedError, UnreachableError
 from coordinator.errors import ConflictError, CoordinatorError, HeldError
-from coordinator.evaluation.findings import EvaluationMeans, RootKey, gathered, root_key
+from coordinator.evaluation.findings import RootKey, gathered, root_key
 from coordinator.evaluation.inputs import Inputs, findings_asked, require_some
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, Evaluation, FailedAttr, Finding
+from coordinator.evaluation.source_plan import EvaluationMeans
 from infra.retry import RetryBudget
 
 #: Roots of one batch at most, and seconds from one batch to the next while there are fewer.
-BATCH_ROOTS: Final = 500
+BATCH_ROOTS: Final = 5000
 BATCH_EVERY_S: Final = 1.0
 #: Roots that wait to be sent before finding waits too.
-MAX_WAITING: Final = 4 * BATCH_ROOTS
+MAX_WAITING: Final = 2 * BATCH_ROOTS
 #: Seconds between signs of life of a client that finds nothing for long.
 SIGN_EVERY_S: Final = 15.0
 #: Seconds between two attempts while another client with the same idempotency key is ahead of this one.
@@ -73,6 +74,8 @@ class StreamedBuild:
         #: steps began. Unix seconds.
         self.moments: dict[str, float] = {"began": time.time()}
         self._findings: list[tuple[AttrPlace, Finding]] = []
+        #: How many of them were gathered last, and what came of that.
+        self._gathered: tuple[int, Evaluation] | None = None
         self._keys: set[RootKey] = set()
         self._waiting: list[EvaluatedRoot] = []
         self._drvs: list[str] = []
@@ -86,7 +89,10 @@ class StreamedBuild:
     @property
     def evaluation(self) -> Evaluation:
         """Findings so far."""
-        return gathered(self._findings)
+        # Asked for several times at the end, and no less work for one of them.
+        if self._gathered is None or self._gathered[0] != len(self._findings):
+            self._gathered = len(self._findings), gathered(self._findings)
+        return self._gathered[1]
 
     def show_messages(self, text: str) -> None:
         """Write what Nix printed for people, beside a live region where one stands."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any, ClassVar, Final
 import orjson
 
 from coordinator.evaluation.cache import FORM
-from coordinator.evaluation.flakes import flake_metadata
 from coordinator.evaluation.source import TREE, FlakeOrigin, NixValue, TreeOrigin, store_root
 from coordinator.evaluation.source_tree import NotWholeError, SourceTree, find_clock, read_tree, text_leak, tree_root
 from coordinator.records import record
@@ -35,8 +34,8 @@ NEEDS_MORE: Final = re.compile(r"forbidden in restricted mode|was not found in t
 _SETTINGS_S: Final = 60.0
 _MAX_SETTINGS_BYTES: Final = 16 * 1024 * 1024
 _NIX: Final = ("nix", "--extra-experimental-features", "nix-command flakes")
-#: Newer Nix first; before 2.19 it has the other name only.
-_SHOW_SETTINGS: Final = (("config", "show"), ("show-config",))
+#: The name that every Nix takes, though newer ones say that it is old, and the one that Nix has had since 2.19.
+_SHOW_SETTINGS: Final = (("show-config",), ("config", "show"))
 
 
 @record(frozen=True, slots=True)
@@ -86,24 +85,30 @@ async def keyed(source: NixValue, program: str, env: Mapping[str, str]) -> Keyed
         program: Name of the program that evaluates.
         env: Whole environment of the evaluation.
     """
-    match source.origin:
-        case FlakeOrigin(_, metadata):
-            known, tree = json.loads(metadata), None
-            confined = restricted(source)
-        case TreeOrigin(directory) if not _reaches_out(source):
-            try:
+    if isinstance(source.origin, TreeOrigin) and _reaches_out(source):
+        return None
+    # Nix is asked while the files are read.
+    asking = asyncio.create_task(_settings(source.all_flags, env), name="settings of Nix")
+    try:
+        match source.origin:
+            case FlakeOrigin(_, metadata):
+                known, tree = json.loads(metadata), None
+                confined = restricted(source)
+            case TreeOrigin(directory):
                 tree = await asyncio.to_thread(_read, directory)
-            except NotWholeError:
+                if tree.leak:
+                    return None
+                known = {"root": str(tree.root), "directory": str(directory), "digest": tree.digest}
+                top = [str(tree.root / name) for name in tree.top]
+                confined = restricted(source, *(top if (tree.root / ".git").exists() else [str(tree.root)]))
+            case _:
                 return None
-            if tree.leak:
-                return None
-            known = {"root": str(tree.root), "directory": str(directory), "digest": tree.digest}
-            top = [str(tree.root / name) for name in tree.top]
-            confined = restricted(source, *(top if (tree.root / ".git").exists() else [str(tree.root)]))
-        case _:
-            return None
-    settings = await _settings(source.all_flags, env)
-    where = await asyncio.to_thread(_place_of, program, env)
+        settings, where = await asking, await asyncio.to_thread(_place_of, program, env)
+    except NotWholeError:
+        return None
+    finally:
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
     if settings is None or where is None:
         return None
     parts = (
@@ -127,6 +132,8 @@ async def may_be_kept(keyed_source: KeyedSource, env: Mapping[str, str]) -> bool
             case TreeOrigin(directory):
                 return await asyncio.to_thread(_read, directory) == keyed_source.tree
             case FlakeOrigin(reference, metadata):
+                from coordinator.evaluation.flakes import flake_metadata  # noqa: PLC0415 - few sources are flakes
+
                 if await flake_metadata(reference, source.flags, env) != metadata:
                     return False
                 return await asyncio.to_thread(_asks_no_clock, metadata, source.flags)
@@ -145,8 +152,17 @@ def _read(directory: Path) -> SourceTree:
     return read_tree(tree_root(directory.resolve()))
 
 
+def program_of(name: str, env: Mapping[str, str]) -> str | None:
+    """Return where a program lies on the PATH of an environment; None: nowhere."""
+    for directory in env.get("PATH", os.defpath).split(os.pathsep):
+        path = os.path.join(directory, name)  # noqa: PTH118 - some thirty questions, no object of a path for each
+        if os.access(path, os.X_OK) and not os.path.isdir(path):  # noqa: PTH112
+            return path
+    return None
+
+
 def _place_of(program: str, env: Mapping[str, str]) -> str | None:
-    found = shutil.which(program, path=env.get("PATH"))
+    found = program_of(program, env)
     return found and str(Path(found).resolve())
 
 
@@ -175,16 +191,22 @@ def _asks_no_clock(metadata: str, flags: Sequence[str]) -> bool:
 async def _settings(flags: Sequence[str], env: Mapping[str, str]) -> str | None:
     """Return Nix's version and the values of all its settings; None where it does not say them."""
     options = [word for at, word in enumerate(flags) if word == "--option" for word in flags[at : at + 3]]
-    for words in _SHOW_SETTINGS:
-        commands = ([*_NIX, "--version"], [*_NIX, *words, "--json", *options])
-        try:
-            version, settings = [
-                await run(command, env=env, timeout_s=_SETTINGS_S, max_output_bytes=_MAX_SETTINGS_BYTES)
-                for command in commands
-            ]
-            if version.returncode == settings.returncode == 0:
-                values = {name: each.get("value") for name, each in json.loads(settings.stdout).items()}
-                return version.stdout.decode() + json.dumps(values, sort_keys=True)
-        except (ProcessError, ValueError, AttributeError):
-            continue
-    return None
+    shows = [[*_NIX, *words, "--json", *options] for words in _SHOW_SETTINGS]
+    # Both at one time: most of what each takes is its start.
+    version, settings = await asyncio.gather(_said([*_NIX, "--version"], env), _said(shows[0], env))
+    for command in shows[1:]:
+        settings = settings or await _said(command, env)
+    try:
+        values = {name: each.get("value") for name, each in orjson.loads(settings or b"").items()}
+    except (ValueError, AttributeError):
+        return None
+    return version.decode() + json.dumps(values, sort_keys=True) if version else None
+
+
+async def _said(command: Sequence[str], env: Mapping[str, str]) -> bytes:
+    """Return what a command prints; nothing where it fails."""
+    try:
+        done = await run(command, env=env, timeout_s=_SETTINGS_S, max_output_bytes=_MAX_SETTINGS_BYTES)
+    except ProcessError:
+        return b""
+    return done.stdout if done.returncode == 0 else b""

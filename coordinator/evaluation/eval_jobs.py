@@ -30,13 +30,13 @@ from coordinator.evaluation.evaluator import MAX_ANSWER_BYTES, PlaceAnswer, give
 from coordinator.evaluation.long_lines import LongLines
 from coordinator.evaluation.messages import error_line, last_error_line, plain, position, without_noise
 from coordinator.evaluation.model import AttrPlace, FailedAttr, Finding, LeftOut, join_attr
-from coordinator.evaluation.pool import ENDLESS, MEMORY_EVERY_S, PoolLimits, shown_above
+from coordinator.evaluation.pool import ENDLESS, MEMORY_EVERY_S, shown_above
+from coordinator.evaluation.pool_limits import PROGRAM, PoolLimits
 from coordinator.evaluation.source import NixValue
 from coordinator.records import record
 from infra.decoding import decoder
 from infra.process import ChildProcess, ProcessNotFound
 
-PROGRAM: Final = "nix-eval-jobs"
 #: Bytes of what it prints for people that are passed on, and that are kept of its end.
 MAX_MESSAGE_BYTES: Final = 256 * 1024
 TAIL_BYTES: Final = 32 * 1024

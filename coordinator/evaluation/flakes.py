@@ -62,11 +62,6 @@ class _Metadata:
     locks: _LockGraph = field(default_factory=_LockGraph)
 
 
-def is_flake(text: str) -> bool:
-    """Return whether a person's text names an output of a flake, `REF#ATTR`."""
-    return "#" in text
-
-
 async def flake_sources(
     text: str,
     systems: Sequence[str],

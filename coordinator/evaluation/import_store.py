@@ -10,10 +10,8 @@ nothing left to do; and its `max-jobs` is 0.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-import secrets
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -72,7 +70,7 @@ class ImportStore:
         self._doors: list[ImportDoor] = []
         self._tasks: set[asyncio.Task[None]] = set()
         #: What nothing that is evaluated can guess.
-        self._mark = f"drover-{secrets.token_hex(16)} waits for build "
+        self._mark = f"drover-{os.urandom(16).hex()} waits for build "
         self._marked = re.compile(re.escape(self._mark) + "([0-9]+)")
         #: Paths of each request that was refused, by its number, and the numbers by paths.
         self._requests: list[tuple[str, ...]] = []
@@ -116,6 +114,8 @@ class ImportStore:
 
         async with self._opening:
             if self._directory is None:
+                import tempfile  # noqa: PLC0415 - slow to import
+
                 # Below /tmp, because the path of a socket has at most 107 bytes (on macOS 103).
                 made = await asyncio.to_thread(tempfile.mkdtemp, prefix="drover-", dir="/tmp")  # noqa: S108 - 0700
                 self._directory = Path(made)
@@ -162,6 +162,8 @@ class ImportStore:
             build.cancel()
         await asyncio.gather(*self._tasks, *self._builds.values(), return_exceptions=True)
         if self._directory is not None:
+            import shutil  # noqa: PLC0415 - slow to import
+
             with suppress(OSError):
                 await asyncio.to_thread(shutil.rmtree, self._directory)
 

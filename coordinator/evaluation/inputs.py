@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from coordinator.evaluation.cache import EvaluationCache
 from coordinator.evaluation.errors import EvaluationError
-from coordinator.evaluation.findings import EvaluationMeans, EvaluatorChoice, findings_of, gathered
-from coordinator.evaluation.flakes import flake_sources, is_flake
+from coordinator.evaluation.findings import findings_of, gathered
 from coordinator.evaluation.import_store import ImportBuilds
 from coordinator.evaluation.lines import findings_of_line, read_attrs
 from coordinator.evaluation.messages import advice, error_line, without_noise
@@ -29,8 +28,9 @@ from coordinator.evaluation.model import (
     parse_drv,
     some,
 )
-from coordinator.evaluation.pool import PoolLimits
-from coordinator.evaluation.source import NixValue, TreeOrigin, file_expression, is_url, sources_of
+from coordinator.evaluation.pool_limits import PoolLimits
+from coordinator.evaluation.source import NixValue, TreeOrigin, file_expression, is_flake, is_url, sources_of
+from coordinator.evaluation.source_plan import EvaluationMeans, EvaluatorChoice
 from coordinator.records import record
 from infra.process import ProcessError, ProcessNotFound, run
 
@@ -207,6 +207,8 @@ def _too_much() -> EvaluationError:
 
 async def _sources(inputs: Inputs, env: Mapping[str, str], on_messages: Callable[[str], None]) -> list[NixValue]:
     if inputs.files and is_flake(inputs.files[0]) and not await asyncio.to_thread(Path(inputs.files[0]).exists):
+        from coordinator.evaluation.flakes import flake_sources  # noqa: PLC0415 - slow to import
+
         systems = inputs.systems or (await _this_system(inputs.flags, env),)
         flakes = await flake_sources(inputs.files[0], systems, flags=inputs.flags, env=env, on_messages=on_messages)
         return [replace(each, origin=None) for each in flakes] if inputs.impure else flakes

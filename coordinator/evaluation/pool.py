@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Final, TypeAlias
 
 from coordinator.errors import CoordinatorError
@@ -33,6 +31,7 @@ from coordinator.evaluation.model import (
     LeftOut,
     join_attr,
 )
+from coordinator.evaluation.pool_limits import PoolLimits
 from coordinator.evaluation.source import MAX_DEPTH, NixValue
 from coordinator.records import record
 from infra.process import ProcessNotFound
@@ -46,43 +45,6 @@ MEMORY_EVERY_S: Final = 0.1
 #: Names of a path without end that people are shown, and its error.
 SHOWN_DEPTH: Final = 3
 ENDLESS: Final = f"it goes on for more than {MAX_DEPTH} names below; a set may lead to itself"
-#: Seconds that one attribute may take.
-TIMEOUT_S: Final = 1800.0
-#: Most evaluators that are chosen by themselves, and the memory that one is thought to want at least.
-MAX_EVALUATORS: Final = 8
-EVALUATOR_BYTES: Final = 512 * 1024 * 1024
-#: Part of the machine's free memory that an evaluation takes where no limit is given.
-MEMORY_PART: Final = 0.6
-DEFAULT_MEMORY_BYTES: Final = 4 * 1024 * 1024 * 1024
-
-
-@record(frozen=True, slots=True)
-class PoolLimits:
-    """Share of a machine that an evaluation may take."""
-
-    #: Evaluators side by side.
-    evaluators: int
-    #: Bytes of memory of all evaluators together.
-    memory_bytes: int
-    #: Seconds of one attribute; None: forever.
-    timeout_s: float | None = TIMEOUT_S
-
-    @classmethod
-    def of_machine(
-        cls, evaluators: int | None = None, memory_bytes: int | None = None, timeout_s: float | None = TIMEOUT_S
-    ) -> PoolLimits:
-        """Return limits; what is None comes from what this machine has."""
-        memory = memory_bytes or int(_free_bytes() * MEMORY_PART)
-        side_by_side = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-                           MAX_EVALUATORS, max(1, memory // EVALUATOR_BYTES))  # fmt: skip
-        return cls(evaluators or side_by_side, memory, timeout_s)
-
-
-def _free_bytes() -> int:
-    with suppress(OSError, ValueError, IndexError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-    return int(DEFAULT_MEMORY_BYTES / MEMORY_PART)
 
 
 @record(frozen=True, slots=True)
@@ -194,7 +156,7 @@ class _Pool:
         self._again = again
         #: None once it has ended.
         self._other = other
-        self._token = f"drover-{secrets.token_hex(16)}"
+        self._token = f"drover-{os.urandom(16).hex()}"
         self._waiting: deque[AttrPlace] = deque()
         #: Places of sources that go through a store of imports.
         self._importing: deque[AttrPlace] = deque()

@@ -145,6 +145,11 @@ def file_expression(file: str) -> str:
     return f"import {nix_path(str(path / 'default.nix' if path.is_dir() else path))}"
 
 
+def is_flake(text: str) -> bool:
+    """Return whether a person's text names an output of a flake, `REF#ATTR`."""
+    return "#" in text
+
+
 def is_url(file: str) -> bool:
     """Return whether nix-instantiate would fetch `file`."""
     return "://" in file or file.startswith("channel:")

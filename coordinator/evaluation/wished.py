@@ -16,10 +16,11 @@ from typing import Final
 
 from coordinator.errors import CoordinatorError
 from coordinator.evaluation.errors import EvaluationError
-from coordinator.evaluation.findings import EvaluationMeans, findings_of
+from coordinator.evaluation.findings import findings_of
 from coordinator.evaluation.flakes import flake_value
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, FailedAttr, Finding, join_attr, split_attr
 from coordinator.evaluation.source import Asked, NixValue, file_expression, is_url, sources_of
+from coordinator.evaluation.source_plan import EvaluationMeans
 from coordinator.records import record
 from coordinator.wishes.model import (
     MAX_NOTES,

@@ -22,10 +22,11 @@ from coordinator.client.closure import LocalStore, describe_sources, read_closur
 from coordinator.errors import CoordinatorError
 from coordinator.evaluation import source as evaluation_source
 from coordinator.evaluation.errors import EvaluationError
-from coordinator.evaluation.findings import EvaluationMeans, EvaluatorChoice, RootKey, gathered, root_key
+from coordinator.evaluation.findings import RootKey, gathered, root_key
 from coordinator.evaluation.inputs import Inputs, findings_asked, require_some
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, Evaluation, FailedAttr, Finding, left_out_text
-from coordinator.evaluation.pool import PoolLimits
+from coordinator.evaluation.pool_limits import PoolLimits
+from coordinator.evaluation.source_plan import EvaluationMeans, EvaluatorChoice
 from coordinator.remote_evaluation.frames import MAX_FRAME_BYTES, FrameKind, frame, read_frame
 from coordinator.remote_evaluation.jobs import (
     AT_ONCE,

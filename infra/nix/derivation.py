@@ -7,7 +7,6 @@ its store path.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -131,6 +130,8 @@ def _json_bool(attrs: Mapping[str, Any], key: str, *, default: bool) -> bool:
 
 
 def _structured_options(text: bytes) -> DerivationOptions:
+    import json  # noqa: PLC0415 - slow to import, and few derivations have such attributes
+
     try:
         attrs = json.loads(text)
     except json.JSONDecodeError as error:

@@ -18,10 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from coordinator.evaluation.eval_jobs import PROGRAM
-from coordinator.evaluation.findings import EvaluatorChoice
 from coordinator.evaluation.inputs import Inputs, evaluation_of
-from coordinator.evaluation.pool import PoolLimits
+from coordinator.evaluation.pool_limits import PROGRAM, PoolLimits
+from coordinator.evaluation.source_plan import EvaluatorChoice
 from tests.benchmarks.push import BIN
 from tests.benchmarks.report import arguments, progress, publish
 

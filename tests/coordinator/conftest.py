@@ -19,7 +19,7 @@ from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import LocalStore, describe_sources, read_closure
 from coordinator.config import LimitSettings, OwnerSettings, Settings
 from coordinator.evaluation.inputs import Inputs, evaluation_of
-from coordinator.evaluation.pool import PoolLimits
+from coordinator.evaluation.pool_limits import PoolLimits
 from coordinator.main import Coordinator, FleetFactory, open_coordinator
 from infra.clock import Clock
 from infra.nix.store_path import base_name_of

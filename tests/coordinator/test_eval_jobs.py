@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from coordinator.evaluation.errors import EvaluationError
-from coordinator.evaluation.findings import EvaluatorChoice
 from coordinator.evaluation.inputs import Inputs, evaluation_of
 from coordinator.evaluation.model import Evaluation
-from coordinator.evaluation.pool import PoolLimits
+from coordinator.evaluation.pool_limits import PoolLimits
+from coordinator.evaluation.source_plan import EvaluatorChoice
 from tests.support import eval_jobs_stand_in
 from tests.support.patience import PATIENCE_S
 

@@ -20,7 +20,7 @@ from coordinator.evaluation.inputs import Inputs, evaluation_of
 from coordinator.evaluation.lines import findings_of_line
 from coordinator.evaluation.messages import error_line, position
 from coordinator.evaluation.model import EvaluatedRoot, Evaluation, FailedAttr, LeftOut, left_out_text, parse_drv
-from coordinator.evaluation.pool import PoolLimits
+from coordinator.evaluation.pool_limits import PoolLimits
 from coordinator.evaluation.source import nix_text
 from coordinator.evaluation.systems import parse_systems
 from infra.nar_files import dump

@@ -14,7 +14,7 @@ import pytest
 from coordinator.evaluation.cache import EvaluationCache, KeptFindings
 from coordinator.evaluation.inputs import Inputs, evaluation_of
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, Evaluation
-from coordinator.evaluation.pool import PoolLimits
+from coordinator.evaluation.pool_limits import PoolLimits
 from coordinator.evaluation.systems import parse_systems
 
 LIMITS = PoolLimits(1, 2 << 30, 300)

@@ -16,12 +16,12 @@ from coordinator.cli.import_builds import FarmImports
 from coordinator.cli.screen import Screen
 from coordinator.client.closure import LocalStore
 from coordinator.client.errors import ClientError
-from coordinator.evaluation.findings import EvaluationMeans
 from coordinator.evaluation.import_store import ImportDoor, open_store
 from coordinator.evaluation.inputs import Inputs, evaluation_of, findings_asked
 from coordinator.evaluation.model import Evaluation
-from coordinator.evaluation.pool import PoolLimits
+from coordinator.evaluation.pool_limits import PoolLimits
 from coordinator.evaluation.source import NixValue
+from coordinator.evaluation.source_plan import EvaluationMeans
 from infra.daemon import DaemonGone, open_socket
 from infra.daemon.channel import Channel
 from infra.daemon.wire import CLIENT_MAGIC, SERVER_MAGIC, Encoder, Inbox, Last, Message, Refusal
