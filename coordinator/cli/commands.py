@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import click
 
@@ -61,6 +61,21 @@ Environment:
   NO_COLOR           no colours
 """
 
+
+if TYPE_CHECKING:
+    # Imported by name in `LateCommands`; here for the checks of what imports what.
+    from coordinator.cli import (  # noqa: F401
+        bisect_command,
+        cache_commands,
+        doctor_command,
+        environment_commands,
+        farm_commands,
+        plan_commands,
+        populate_command,
+        question_commands,
+        rebuild_commands,
+        submission_commands,
+    )
 
 #: Module -> its commands, which it imports when one of them is called.
 _ELSEWHERE: Final = {
