@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from scheduler import facts as f
+from scheduler.early import is_follower
 from scheduler.ended_leases import EndedLeases
 from scheduler.failures import CONSEQUENCES, is_fault, suspects_recipe
 from scheduler.locality import LEAST_BYTES, arrive
@@ -45,13 +46,16 @@ class Builders:
         if builder is None:
             builder = self.known[id_] = Builder(id_, at)
         builder.leases[step.key] = step
-        builder.memory_bytes += step.memory_bytes
+        if step.follows and is_follower(step):
+            builder.followers[step.key] = step
+        else:
+            builder.memory_bytes += step.memory_bytes
         builder.moves += 1
         for need in step.needs:
             if need.output_bytes >= LEAST_BYTES:
                 arrive(step, builder.place)
                 break
-        if len(builder.leases) >= builder.capacity:
+        if len(builder.leases) - len(builder.followers) >= builder.capacity:
             self.free.pop(builder.id, None)
 
     def has_built(self, step: Step, id_: BuilderId) -> None:
@@ -81,11 +85,21 @@ class Builders:
         """Take a built step from its builder, which may build another."""
         builder = self.known[step.builder]
         del builder.leases[step.key]
-        builder.memory_bytes -= step.memory_bytes
+        if not builder.followers or builder.followers.pop(step.key, None) is None:
+            builder.memory_bytes -= step.memory_bytes
         builder.moves += 1
         # One that is free stays so.
         if builder.id not in self.free:
             self._count_slots(builder)
+
+    def take_place(self, step: Step, at: Instant) -> None:
+        """Let a follower begin, whose last need was built: it counts as any lease from now on."""
+        builder = self.known[step.builder]
+        del builder.followers[step.key]
+        builder.memory_bytes += step.memory_bytes
+        builder.moves += 1
+        step.asked_at = max(step.asked_at, at)
+        self._count_slots(builder)
 
     def _offer(self, builder: Builder, capacity: int) -> None:
         """Note the leases that a builder may hold, and what its queues can do with these."""
@@ -95,7 +109,7 @@ class Builders:
                 queue.measure_power()
 
     def _count_slots(self, builder: Builder) -> None:
-        if builder.capacity > len(builder.leases) and builder.willing:
+        if builder.free > 0 and builder.willing:
             self.free[builder.id] = builder
         else:
             self.free.pop(builder.id, None)
@@ -133,7 +147,7 @@ class Builders:
         changed = builder.spec != spec
         if builder.spec is None or builder.spec.incarnation != spec.incarnation:
             builder.forget_store()
-            builder.collections = 0
+            builder.collections, builder.since = 0, fact.at
         builder.spec, builder.speeds = spec, self._speeds.get(spec.id, NO_SPEEDS)
         builder.fetch_rate = self._rates.get(spec.id, 0)
         self._heard(builder, fact)

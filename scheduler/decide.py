@@ -69,7 +69,8 @@ class Decider:
                     if step.faults:
                         yield from self._builder_rules.judge_others(event.builder, now)
             elif isinstance(event, e.OutputsPublished):
-                if state.lease_holder(event.lease, _PUBLISHING) is not None:
+                step = state.lease_holder(event.lease, _PUBLISHING)
+                if step is not None and not step.follows:
                     yield f.StepDone(event.lease, now)
             elif isinstance(event, e.SubmissionReceived | e.SubmissionGrown):
                 yield from self._around(self._wished(event, now))

@@ -16,6 +16,8 @@ class StartBuild:
     lease: LeaseId
     builder: BuilderId
     recipe: int
+    #: Leases of the same builder that it follows: it begins once these are built there, published or not.
+    after: tuple[LeaseId, ...] = ()
 
 
 @quick

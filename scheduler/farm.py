@@ -34,6 +34,7 @@ from scheduler.records import Step
 from scheduler.resource_limits import ResourceLimits, in_force
 from scheduler.snapshot import tell_all
 from scheduler.state import FarmState
+from scheduler.succession import handing_back
 
 #: Work of one call, with what it gives in the end.
 Handling = Generator[Pause, None, tuple[list[Fact], list[Effect]]]
@@ -120,17 +121,20 @@ class Farm:
         self.state.turned[:] = turned
         return facts, effects
 
-    def _take(
+    def _take(  # noqa: C901  the core's innermost loop
         self, decided: Iterable[FactOrPause], now: Instant, facts: list[Fact], effects: list[Effect]
     ) -> Generator[Pause, None, None]:
         state = self.state
         turned, joined, discarded, buried = state.turned, state.joined, state.ready.discarded, state.ready.buried
         apply, reaction_to = state.apply, REACTIONS.get
         until_pause = FACTS_PIECE
+        successors = state.early.successors
         for fact in decided:
             if fact is PAUSE:
                 yield PAUSE
                 continue
+            if successors:
+                yield from self._take(handing_back(state, fact, now), now, facts, effects)
             rest = apply(fact)
             if rest is not None:
                 yield from rest

@@ -16,18 +16,20 @@ from scheduler.placement import LOOK_AHEAD, Placement, Rooms, first_of, nearest
 from scheduler.policy import Policy
 from scheduler.records import Builder, Queue, QueueHead, Step
 from scheduler.state import FarmState
+from scheduler.succession import SuccessionRules
 
 
 class Grants:
     """The decisions about leases. Holds when to look again, and what was computed of builders."""
 
-    __slots__ = ("_moves", "_policy", "_rooms", "_state", "look_again")
+    __slots__ = ("_moves", "_policy", "_rooms", "_state", "_succession", "look_again")
 
     def __init__(self, state: FarmState, policy: Policy) -> None:
         self._state = state
         self._policy = policy
         self._rooms = Rooms()
         self._moves = Moves()
+        self._succession = SuccessionRules(state)
         #: When a wait for a faster builder, or a build that may move to one, has to be looked at; `FAR_OFF` for never.
         self.look_again = FAR_OFF
 
@@ -36,12 +38,18 @@ class Grants:
 
         Only queues of builders with free slots are looked at, and of each only the first step of the lane whose turn it
         is, or the first few where builders differ in speed or lack memory: steps that no builder can take cost nothing.
-        Builds that run move to rooms that are left.
+        Builds that run move to rooms that are left; what stands on them may follow them (`succession`).
         """
         self.look_again = FAR_OFF
-        if not self._state.free:
+        if not (self._state.free or self._state.early.fresh):
             return
         placement = Placement(now, self._rooms)
+        if self._state.free:
+            yield from self._grant_ready(placement, now)
+        if self._state.early.fresh:
+            yield from self._succession.grant(placement, now)
+
+    def _grant_ready(self, placement: Placement, now: Instant) -> Iterator[f.FactOrPause]:
         yield from self._lease_ready(placement, now)
         look_again = placement.look_again
         if self._state.free:

@@ -14,6 +14,8 @@ from scheduler.records import Queue, Step
 from scheduler.state import FarmState
 from scheduler.transitions import LAPSED, UNFINISHED
 
+_OPEN = (StepState.LEASED, StepState.PUBLISHING)
+
 
 class InvariantBrokenError(ImpossibleError):
     """The state contradicts itself."""
@@ -41,6 +43,7 @@ def check(state: FarmState) -> None:
         _require(roots <= opened.members <= state.steps.keys(), f"{submission} is open and stands on what is not known")
     _check_terms(state)
     _check_builders(state)
+    _check_early(state)
     # No circle, not even through what is done: it may be lost.
     state.descend(state.steps.values(), below_done=True)
 
@@ -77,6 +80,7 @@ def durable(state: FarmState) -> tuple[dict[StepKey, tuple[object, ...]], dict[S
             step.moves,
             tuple(need.key for need in step.needs),
             tuple(dependent.key for dependent in step.dependents),
+            tuple(need.key for need in step.follows),
             step.builder,
             step.avoid,
             step.evidence,
@@ -201,6 +205,39 @@ def _check_builders(state: FarmState) -> None:
         _require(id_ in state.builders, f"{id_} is in quarantine and not here")
     for id_ in state.silent:
         _require(id_ not in state.builders, f"{id_} is both silent and here")
+
+
+def _check_early(state: FarmState) -> None:
+    """Early leases stand on open ones of their own builder, and have a place when they begin."""
+    behind: dict[Step, list[Step]] = {}
+    for step in state.steps.values():
+        for need in step.follows:
+            behind.setdefault(need, []).append(step)
+            _require(step.state in _OPEN and need in step.needs, f"{step} follows {need} and has no lease, or no need")
+            here = need.state in _OPEN and need.builder == step.builder
+            _require(here, f"{step} follows {need}, which {step.builder} neither builds nor publishes")
+    _require(
+        state.early.successors
+        == {need: tuple(sorted(steps, key=lambda each: each.sequence)) for need, steps in behind.items()},
+        "the index of what follows others is wrong",
+    )
+    counts = Counter(step.builder for step in state.steps.values() if step.follows)
+    _require(state.early.counts == counts, "what follows others is counted wrongly")
+    for builder in state.builders.values():
+        followers = {
+            key: step
+            for key, step in builder.leases.items()
+            if any(need.state is StepState.LEASED for need in step.follows)
+        }
+        _require(builder.followers == followers, f"{builder.id} lists other followers than it has")
+        memory_bytes = sum([step.memory_bytes for key, step in builder.leases.items() if key not in followers])
+        _require(builder.memory_bytes == memory_bytes, f"{builder.id} counts {builder.memory_bytes} bytes of memory")
+        places: set[StepKey] = set()
+        for step in followers.values():
+            taken = {need.key for need in step.follows if need.state is StepState.LEASED}
+            _require(places.isdisjoint(taken | followers.keys()), f"{step} follows what another one follows")
+            _require(followers.keys().isdisjoint(taken), f"{step} follows what does not run yet")
+            places |= taken
 
 
 def _check_queues(state: FarmState) -> None:

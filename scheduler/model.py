@@ -98,6 +98,8 @@ class BuilderSpec:
     mandatory: frozenset[str] = frozenset()
     #: Memory of its machine; 0: not known, any build fits.
     memory_bytes: int = 0
+    #: Whether it begins a lease as soon as it has built what the step needs, published or not (`early`).
+    takes_successors: bool = False
 
     def offers(self, wanted: Requirements) -> bool:
         """Return whether a step with these requirements may run here."""
@@ -115,7 +117,7 @@ class StepState(StrEnum):
     WAITING = "waiting"
     #: Every need is done and a submission wants it; may still be backing off.
     READY = "ready"
-    #: A builder has the right to build it.
+    #: A builder has the right to build it, at once or as soon as it has built what the step needs (`early`).
     LEASED = "leased"
     #: Outputs are uploaded and being verified and signed; the builder's slot is free again.
     PUBLISHING = "publishing"

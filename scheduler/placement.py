@@ -63,7 +63,7 @@ class Rooms:
             return known[1]
         if len(self._known) >= REMEMBERED:
             self._known.clear()
-        rooms = sorted([_end(step, builder, now) for step in builder.leases.values()], reverse=True)
+        rooms = sorted([end for end, _ in _ends(builder, now)], reverse=True)
         self._known[builder.id] = builder.moves, rooms
         return rooms
 
@@ -79,9 +79,7 @@ def memory_at(builder: Builder, bytes_: int, now: Instant) -> float:
     free = (builder.spec.memory_bytes if builder.spec is not None else 0) - builder.memory_bytes
     if free >= bytes_:
         return now
-    for end, memory_bytes in sorted(
-        [(_end(step, builder, now), step.memory_bytes) for step in builder.leases.values()]
-    ):
+    for end, memory_bytes in sorted(_ends(builder, now)):
         free += memory_bytes
         if free >= bytes_:
             return end
@@ -227,6 +225,21 @@ def asked_of(step: Step, queue: Queue) -> int:
 def _serves(queue: Queue, builder: BuilderId) -> bool:
     known = queue.builders.get(builder)
     return known is not None and known.willing
+
+
+def _ends(builder: Builder, now: Instant) -> list[tuple[float, int]]:
+    """Return when each place of a builder should be free again, with the memory that is free then."""
+    if not builder.followers:
+        return [(_end(step, builder, now), step.memory_bytes) for step in builder.leases.values()]
+    ends = {step: (_end(step, builder, now), step.memory_bytes) for step in builder.leases.values()}
+    for step in builder.followers.values():
+        del ends[step]
+    for step in builder.followers.values():
+        # It takes the place of the last that it follows.
+        last = max([need for need in step.follows if need in ends], key=lambda need: ends[need][0])
+        end, memory_bytes = ends.pop(last)
+        ends[step] = end + step.work_ms / 1000 / builder.speed(step.recipe.requirements.system), memory_bytes
+    return list(ends.values())
 
 
 def _end(step: Step, builder: Builder, now: Instant) -> float:

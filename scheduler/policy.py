@@ -90,7 +90,7 @@ class LongestPathFirst:
         best, most = builders[0], builders[0].free
         for builder in builders:
             # As `Builder.free`, spelled out: this is the core's innermost loop.
-            room = builder.capacity - len(builder.leases)
+            room = builder.capacity - len(builder.leases) + len(builder.followers)
             if room > most or (room == most and builder.id < best.id):
                 best, most = builder, room
         return best

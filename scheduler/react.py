@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from scheduler import facts as f
 from scheduler.effects import CancelBuild, Effect, PublishOutputs, StartBuild
-from scheduler.model import BuilderId, FailureKind, StepState
+from scheduler.model import BuilderId, FailureKind, LeaseId, StepState
+from scheduler.records import Step
 from scheduler.state import FarmState
 
 
@@ -17,12 +18,22 @@ def react(state: FarmState, fact: f.Fact) -> Sequence[Effect]:
     return () if reaction is None else reaction(state, fact)
 
 
-def _start(_state: FarmState, fact: f.StepLeased) -> Sequence[Effect]:
-    return (StartBuild(fact.lease, fact.builder, fact.recipe),)
+def _start(state: FarmState, fact: f.StepLeased) -> Sequence[Effect]:
+    return (StartBuild(fact.lease, fact.builder, fact.recipe, _leases_ahead(state.steps[fact.lease.step])),)
 
 
-def _publish(_state: FarmState, fact: f.StepBuilt) -> Sequence[Effect]:
-    return (PublishOutputs(fact.lease, fact.evidence),)
+def _publish(state: FarmState, fact: f.StepBuilt) -> Sequence[Effect]:
+    # What refers to outputs that are not published yet follows them.
+    return () if state.steps[fact.lease.step].follows else (PublishOutputs(fact.lease, fact.evidence),)
+
+
+def _publish_behind(state: FarmState, _fact: f.StepDone) -> Sequence[Effect]:
+    behind = state.early.released
+    return [PublishOutputs(step.lease, step.evidence) for step in behind] if behind else ()
+
+
+def _leases_ahead(step: Step) -> tuple[LeaseId, ...]:
+    return tuple([need.lease for need in step.follows]) if step.follows else ()
 
 
 def _cancel(_state: FarmState, fact: f.LeaseRevoked) -> Sequence[Effect]:
@@ -38,7 +49,7 @@ def _heal_admitted(state: FarmState, fact: f.BuilderAdmitted) -> Sequence[Effect
 
 
 def _heal(state: FarmState, builder: BuilderId, fact: f.BuilderRefreshed | f.BuilderAdmitted) -> Sequence[Effect]:
-    again = [StartBuild(lease, builder, state.steps[lease.step].active) for lease in fact.missing]
+    again = [_started_again(state.steps[lease.step]) for lease in fact.missing]
     return [*again, *(CancelBuild(lease, builder) for lease in fact.unknown)]
 
 
@@ -46,16 +57,21 @@ def _resume(state: FarmState, _fact: f.FarmResumed) -> Sequence[Effect]:
     effects: list[Effect] = []
     for step in state.steps.values():
         if step.state is StepState.LEASED:
-            effects.append(StartBuild(step.lease, step.builder, step.active))
-        elif step.state is StepState.PUBLISHING:
+            effects.append(_started_again(step))
+        elif step.state is StepState.PUBLISHING and not step.follows:
             effects.append(PublishOutputs(step.lease, step.evidence))
     return effects
+
+
+def _started_again(step: Step) -> StartBuild:
+    return StartBuild(step.lease, step.builder, step.active, _leases_ahead(step))
 
 
 #: What follows from each kind of fact; all others ask nothing of the shell.
 REACTIONS: Final[Mapping[type[f.Fact], Callable[[FarmState, Any], Sequence[Effect]]]] = {
     f.StepLeased: _start,
     f.StepBuilt: _publish,
+    f.StepDone: _publish_behind,
     f.LeaseRevoked: _cancel,
     f.BuilderRefreshed: _heal_refreshed,
     f.BuilderAdmitted: _heal_admitted,

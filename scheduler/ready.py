@@ -301,6 +301,10 @@ class ReadyIndex:
             if had_builders and not queue.builders:
                 self.deserted[queue] = None
 
+    def home_of(self, requirements: Requirements) -> Queue | None:
+        """Return the queue of steps that avoid no builder; None for requirements that were never met."""
+        return self._homes.get((requirements.system, requirements.features))
+
     def _queue_of(self, step: Step) -> Queue:
         requirements = step.recipe.requirements
         if step.avoid:

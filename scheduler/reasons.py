@@ -37,6 +37,19 @@ class WaitsForSteps:
 
 
 @dataclass(frozen=True, slots=True)
+class FollowsSteps:
+    """A builder has its lease and begins once it has built what this names, or has `built` it and publishes that first.
+
+    `examples` names the first few of `count` needs.
+    """
+
+    builder: BuilderId
+    count: int
+    examples: tuple[StepKey, ...]
+    built: bool
+
+
+@dataclass(frozen=True, slots=True)
 class NotWanted:
     """No submission stands on it: a need of a recipe that is not in use."""
 
@@ -163,7 +176,7 @@ class KnownToFail:
 #: No builder can take the step; it is given up at `until`, where that is not 0, unless a builder comes that can.
 Unserved = NoBuilderJoined | NoBuilderOffersSystem | NoBuilderOffersFeatures | OnlyReservedBuilders
 Busy = BuildersFull | BuildersQuarantined | BuildersDraining | LimitReached | WaitsForFaster | WaitsForMemory
-Reason = WaitsForSteps | NotWanted | Busy | BacksOff | RetriesSpent | KnownToFail | Unserved
+Reason = WaitsForSteps | FollowsSteps | NotWanted | Busy | BacksOff | RetriesSpent | KnownToFail | Unserved
 
 
 class QueuePositions:
@@ -194,7 +207,7 @@ class QueuePositions:
 
 
 def why(state: FarmState, positions: QueuePositions, limits: Limits, key: StepKey, now: Instant) -> Reason | None:
-    """Return why a step is not running; None for one that runs, publishes or has finished for good.
+    """Return why a step is not running or published; None for one that is, or has finished for good.
 
     Raises `KeyError` for an unknown step. Costs the number of needs, or of builders, and of queues and their
     first `PLACED_AT_MOST` steps the first time that one of a class is asked for.
@@ -208,12 +221,19 @@ def why(state: FarmState, positions: QueuePositions, limits: Limits, key: StepKe
     if step.state in (StepState.FAILED, StepState.DOOMED):
         return _known(state, limits, step, now)
     if step.state is not StepState.READY:
-        return None
+        return _follows(step)
     # Until the fact that it ended: a step whose time has just come stands in no queue yet.
     if step.not_before:
         return _backs_off(state, step, now)
     requirements = step.recipe.requirements
     return unserved(state, requirements) or _busy(step, *positions.of(requirements))
+
+
+def _follows(step: Step) -> FollowsSteps | None:
+    """Return what a lease that was granted early waits for; a build needs nothing that is not built, as a result is."""
+    built = step.state is StepState.PUBLISHING
+    ahead = [need.key for need in step.follows if built or need.state is StepState.LEASED]
+    return FollowsSteps(step.builder, len(ahead), tuple(ahead[:NAMED]), built) if ahead else None
 
 
 def _backs_off(state: FarmState, step: Step, now: Instant) -> BacksOff | RetriesSpent:

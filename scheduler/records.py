@@ -67,6 +67,7 @@ class Step:
         "failed_at",
         "failure",
         "faults",
+        "follows",
         "generation_ended",
         "generation_started",
         "held",
@@ -115,8 +116,7 @@ class Step:
         #: Failures of the recipe in use that have a signature, in this life: builder and signature of each.
         self.accounts: tuple[tuple[BuilderId, str], ...] = ()
         #: Values of the state's `generation` counter when this life began and when it lapsed.
-        self.generation_started = 0
-        self.generation_ended = 0
+        self.generation_started = self.generation_ended = 0
         #: When the result was last seen to be there.
         self.done_at = NO_INSTANT
         #: Live submissions that have this step as a root; empty once the step is finished.
@@ -156,9 +156,10 @@ class Step:
         self.not_before = NO_INSTANT
         #: The builder of the open lease (leased or publishing), else `NO_BUILDER`.
         self.builder = NO_BUILDER
+        #: Needs that have not been done since the open lease was granted, all open at the same builder (`early`).
+        self.follows: tuple[Step, ...] = ()
         #: When the order to start last went to the builder, and how often it was repeated.
-        self.asked_at = NO_INSTANT
-        self.resends = 0
+        self.asked_at, self.resends = NO_INSTANT, 0
         #: What the builder reported of its outputs, while publishing.
         self.evidence = b""
         #: Why and when it last failed (state failed), or which step's failure doomed it (state doomed).
@@ -372,6 +373,7 @@ class Builder:
         "collections",
         "draining",
         "fetch_rate",
+        "followers",
         "for_unfitness",
         "heard",
         "id",
@@ -384,6 +386,7 @@ class Builder:
         "probation",
         "queues",
         "reason",
+        "since",
         "spec",
         "speeds",
         "strikes",
@@ -401,11 +404,14 @@ class Builder:
         self.capacity = 0
         #: Steps leased to it, not those publishing.
         self.leases: dict[StepKey, Step] = {}
-        #: Memory that these ask for, together.
+        #: Those of them that follow one which is not built yet: each will take its place, and has none of its own.
+        self.followers: dict[StepKey, Step] = {}
+        #: Memory that the leases ask for together, without the followers.
         self.memory_bytes = 0
         #: Counts the leases that began and ended here.
         self.moves = 0
-        #: Its last sign of life.
+        #: When this incarnation joined, and its last sign of life.
+        self.since = NO_INSTANT
         self.heard = heard
         #: The queues in whose `builders` it stands.
         self.queues: list[Queue] = []
@@ -451,4 +457,4 @@ class Builder:
     @property
     def free(self) -> int:
         """Leases it would still take; may be negative."""
-        return self.capacity - len(self.leases)
+        return self.capacity - len(self.leases) + len(self.followers)

@@ -85,4 +85,5 @@ def _past(step: Step) -> f.StepPast | None:
         avoid=step.avoid,
         not_before=step.not_before,
         accounts=step.accounts,
+        follows=tuple([need.key for need in step.follows]),
     )

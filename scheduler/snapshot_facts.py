@@ -43,6 +43,8 @@ class StepPast:
     not_before: Instant
     accounts: tuple[tuple[BuilderId, str], ...] = ()
     moves: int = 0
+    #: Absent in journals of before 2026-12-01.
+    follows: tuple[StepKey, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from typing import assert_never
 
 from scheduler import facts as f
 from scheduler.builders import Builders
+from scheduler.early import EarlyLeases
 from scheduler.failures import CONSEQUENCES, is_fault
 from scheduler.graph import Merged
 from scheduler.locality import make
@@ -46,6 +47,8 @@ class FarmState(WantedSteps):
         roster = self._roster = Builders(self.builders, self.ready)
         self.free, self.silent, self.quarantined = roster.free, roster.silent, roster.quarantined
         self.ended_leases = roster.ended
+        #: Leases that were granted before all needs were done.
+        self.early = EarlyLeases()
         #: At least the attempts of every step ever forgotten: those of a step that never had any begin above.
         self.attempt_floor = 0
         #: Counts the beginnings and ends of lives of steps, and so orders a failure before or after the life that meets
@@ -259,9 +262,11 @@ class FarmState(WantedSteps):
 
     def _done(self, fact: f.StepDone) -> Iterator[Pause] | None:
         step = self.steps.get(fact.lease.step)
-        if step is None or step.state is not _PUBLISHING:
+        if step is None or step.state is not _PUBLISHING or step.follows:
             raise ImpossibleError(f"{fact.lease} cannot be done: {step}")
         step.done_at = fact.at
+        if self.early.successors or self.early.released:
+            self.early.done(step)
         self._roster.end_lease(step, fact.at)
         return self._finish(step, _DONE)
 
@@ -270,6 +275,7 @@ class FarmState(WantedSteps):
         if step.state is _LEASED:
             self._roster.blame(step, fact.failure)
         self._roster.acquit(step, fact.failure)
+        self.early.end(step)
         self._roster.end_lease(step, fact.at)
         self._finish(step, StepState.FAILED)
         step.failure, step.failed_at = fact.failure, fact.at
@@ -316,6 +322,7 @@ class FarmState(WantedSteps):
         step = self._subject(fact, fact.step)
         self._roster.acquit(step, fact.failure)
         if step.state is _LEASED:
+            self.early.end(step)
             self._roster.end_lease(step, fact.at)
             self._move(step, _WAITING)
         elif step.state is _READY:
@@ -335,11 +342,13 @@ class FarmState(WantedSteps):
         step = self.steps.get(lease.step)
         if (
             step is None
-            or step.state is not _READY
+            or (step.state is not _READY and step.state is not _WAITING)
             or lease.attempt != self.next_attempt(step)
             or fact.recipe != step.active
         ):
             raise ImpossibleError(f"{lease} cannot follow {step}")
+        if step.state is _WAITING:
+            self.early.begin(step, fact.builder)
         # A replayed lease was granted after its back-off, whose end the journal does not hold.
         step.not_before = NO_INSTANT
         step.attempt = lease.attempt
@@ -348,6 +357,8 @@ class FarmState(WantedSteps):
         self.ready.taken(step, self.builders.get(fact.builder))
         step.state = _LEASED
         self._roster.lease(step, fact.builder, fact.at)
+        if step.dependents:
+            self.early.fresh.append(step)
 
     def _open(self, fact: f.LeaseRevoked | f.StepBuilt) -> Step:
         step = self.steps.get(fact.lease.step)
@@ -367,11 +378,16 @@ class FarmState(WantedSteps):
         roster.free_slot(step)
         step.state = _PUBLISHING
         step.evidence = fact.evidence
+        if step.dependents:
+            self.early.fresh.append(step)
+            if self.early.successors:
+                self.early.built(step, lambda follower: roster.take_place(follower, fact.at))
 
     def _revoked(self, fact: f.LeaseRevoked) -> None:
         step = self._open(fact)
         if step.state is _LEASED:
             self._roster.blame(step, fact.failure)
+        self.early.end(step)
         self._roster.end_lease(step, fact.at)
         step.evidence = b""
         step.moves += fact.moved
@@ -424,6 +440,8 @@ class FarmState(WantedSteps):
             step.accounts = past.accounts
             step.faults, step.returns, step.moves = past.faults, past.returns, past.moves
             step.avoid, step.not_before = past.avoid, past.not_before
+            if past.follows:
+                self.early.restore(step, past.follows)
             if fact.state is StepState.FAILED:
                 self.failed[step.key] = step
         if fact.dependents:
@@ -442,6 +460,7 @@ class FarmState(WantedSteps):
             linked = tuple([by_sequence[sequence] for sequence in islice(links, next(links))])
             step.dependents = linked if len(linked) <= FEW_DEPENDENTS else dict.fromkeys(linked)
         self._unlinked, self._links = [], array("Q")
+        self.early.link_restored(self.steps, self.builders)
         self.references.unreferenced.update(self.steps)
         for roots in (*self.submissions.values(), *self.withdrawn.values()):
             self.references.add(root.key for root in roots)

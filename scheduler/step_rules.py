@@ -60,6 +60,10 @@ class StepRules:
             # A submission allows the step more than this build had, so neither recipe nor builder is at fault.
             message = f"its limit was raised while it ran ({failure.message})"
             failure = Failure(FailureKind.RETURNED, message, failure.signature)
+        if step.follows and failure.kind is FailureKind.RETURNED:
+            # Its builder could not begin so early: that says nothing of either.
+            yield from self.stop(step, now, failure.message)
+            return
         match CONSEQUENCES[failure.kind].course:
             case Course.END:
                 yield from self._end(step, failure, now)

@@ -47,6 +47,7 @@ AttemptOutcome: TypeAlias = Literal["running", "done", "failed", "retried", "los
 IsolationClass: TypeAlias = Literal["A", "B", "C"]
 WaitingKind: TypeAlias = Literal[
     "steps",
+    "follows",
     "not_wanted",
     "no_worker",
     "no_system",
@@ -106,7 +107,8 @@ class FailureView:
 class WaitingView:
     """Reason for programs that a step does not run. Fields that its kind does not use are empty.
 
-    `steps`: `count` needs are not done, `steps` the first few. `not_wanted`. `no_worker`, `no_system`, `no_feature`
+    `steps`: `count` needs are not done, `steps` the first few. `follows`: one of `workers` has its lease and begins
+    it, or publishes what it has built, after these. `not_wanted`. `no_worker`, `no_system`, `no_feature`
     (`system`, `features` that the closest lacks), `reserved` (`workers` demand features it does not require): no worker
     can take it, and where `until` is not 0, it fails then. `slots`, `limit`: `workers` could, it is number `position`
     of `count`. `quarantined`, `draining`: `workers` could and take nothing. `faster`: since `since` it waits for

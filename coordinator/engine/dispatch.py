@@ -196,15 +196,16 @@ class Dispatch:
 
         def make() -> list[LeaseOrder]:
             found = zip(starts, limits, traces, cores, strict=True)
-            return [self._order(s.lease, known[_recipe_of(s)], limit, trace, use) for s, limit, trace, use in found]
+            return [self._order(s, known[_recipe_of(s)], limit, trace, use) for s, limit, trace, use in found]
 
         # Beside the loop where there are many names to look at; a thread costs more than few of them.
         orders = await asyncio.to_thread(make) if large else make()
         await self._fleet.start_many(worker, orders)
 
     def _order(
-        self, lease: LeaseId, order: BuildOrder, limits: ResourceLimits, traceparent: str, cores: int
+        self, start: StartBuild, order: BuildOrder, limits: ResourceLimits, traceparent: str, cores: int
     ) -> LeaseOrder:
+        lease = start.lease
         return LeaseOrder(
             step=lease.step,
             attempt=lease.attempt,
@@ -214,6 +215,7 @@ class Dispatch:
             upload_token=self._upload_token(lease, order.outputs),
             traceparent=traceparent,
             cores=cores,
+            after=tuple([Lease(step=ahead.step, attempt=ahead.attempt) for ahead in start.after]),
             limits=_limits(limits),
         )
 

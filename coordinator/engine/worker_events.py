@@ -91,6 +91,7 @@ class FleetSink:
                     features=frozenset((*hello.features, *((NETWORK_FEATURE,) if hello.network else ()))),
                     mandatory=frozenset(hello.mandatory_features),
                     memory_bytes=hello.memory_bytes,
+                    takes_successors=hello.takes_successors,
                 )
                 self._grades[hello.worker] = hello.isolation or UNMEASURED
                 unfit = self._unfit(hello.worker, hello.unfit)

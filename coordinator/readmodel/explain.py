@@ -176,9 +176,12 @@ def sentence_of(  # noqa: C901, PLR0911, PLR0912  one way for each reason
     """Return the sentence for a reason at `now`; `name_of` gives a step's name, or nothing."""
     match reason:
         case r.WaitsForSteps():
-            names = ", ".join(name_of(key) or key for key in reason.examples)
-            more = f" and {reason.count - len(reason.examples)} more" if reason.count > len(reason.examples) else ""
-            return f"waits for {names}{more}"
+            return f"waits for {_names(reason.count, reason.examples, name_of)}"
+        case r.FollowsSteps():
+            names = _names(reason.count, reason.examples, name_of)
+            if reason.built:
+                return f"is built, and is published after {names}"
+            return f"begins on worker {reason.builder} as soon as that has built {names}"
         case r.NotWanted():
             return "no submission stands on it now"
         case r.BuildersFull(workers):
@@ -213,6 +216,11 @@ def sentence_of(  # noqa: C901, PLR0911, PLR0912  one way for each reason
             assert_never(reason)
 
 
+def _names(count: int, examples: Sequence[StepKey], name_of: Callable[[StepKey], str]) -> str:
+    more = f" and {count - len(examples)} more" if count > len(examples) else ""
+    return ", ".join(name_of(key) or key for key in examples) + more
+
+
 def queue_sentence(reason: r.Unserved | r.Busy, now: Instant) -> str:
     """Return the sentence for what a whole class of ready steps waits for."""
     match reason:
@@ -237,6 +245,8 @@ def value_of(reason: r.Reason) -> WaitingView:  # noqa: C901, PLR0911, PLR0912  
     match reason:
         case r.WaitsForSteps():
             return WaitingView(kind="steps", count=reason.count, steps=reason.examples)
+        case r.FollowsSteps():
+            return WaitingView(kind="follows", count=reason.count, steps=reason.examples, workers=(reason.builder,))
         case r.NotWanted():
             return WaitingView(kind="not_wanted")
         case r.NoBuilderJoined():

@@ -339,9 +339,9 @@ class FoldedRows(LeaseReports):
         life.started_at, life.ended_at, life.stage, life.phase = fact.at, 0.0, "queued", ""
         life.transfer = None
         submitted_at = min((sub.created_at for sub in row.submissions), default=0.0)
-        self.timelines.leased(
-            row.key, fact.lease.attempt, fact.recipe, fact.builder, fact.at, submitted_at, row.ready_at
-        )
+        # One that follows its needs did not wait for anything else.
+        ready_at = row.ready_at if row.state is StepStatus.READY else fact.at
+        self.timelines.leased(row.key, fact.lease.attempt, fact.recipe, fact.builder, fact.at, submitted_at, ready_at)
         self._move(row, StepStatus.RUNNING)
 
     def _revoked(self, fact: facts.LeaseRevoked) -> None:

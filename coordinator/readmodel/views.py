@@ -310,7 +310,7 @@ class Views(FoldedRows):
         life = row.life
         failed, running = row.state is StepStatus.FAILED, row.state is StepStatus.RUNNING
         sentence, waiting = "", None
-        if row.state in _EXPLAINED:
+        if row.state in _EXPLAINED or row.state is StepStatus.PUBLISHING or (running and life.stage == "queued"):
             sentence, waiting = self._explain.waiting(row.key, self.step_name)
         return StepView(
             key=row.key,

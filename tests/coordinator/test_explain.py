@@ -16,6 +16,8 @@ ONE, TWO = (BuilderId("m1"),), (BuilderId("m1"), BuilderId("m2"))
 
 SENTENCES: list[tuple[r.Reason, str]] = [
     (r.WaitsForSteps(3, (X, Y)), "waits for the x, y and 1 more"),
+    (r.FollowsSteps(ONE[0], 1, (X,), built=False), "begins on worker m1 as soon as that has built the x"),
+    (r.FollowsSteps(ONE[0], 2, (X, Y), built=True), "is built, and is published after the x, y"),
     (r.NotWanted(), "no submission stands on it now"),
     (r.NoBuilderJoined(), "no worker has joined; it waits for one for ever"),
     (

@@ -94,10 +94,18 @@ def seal(name: str, incomplete: str = "") -> e.SealAsked:
 
 
 def builder(
-    name: str, *systems: str, features: Iterable[str] = (), mandatory: Iterable[str] = (), incarnation: str = "1"
+    name: str,
+    *systems: str,
+    features: Iterable[str] = (),
+    mandatory: Iterable[str] = (),
+    incarnation: str = "1",
+    successors: bool = False,
 ) -> BuilderSpec:
     offered = frozenset(systems or (LINUX,))
-    return BuilderSpec(BuilderId(name), incarnation, offered, frozenset(features), frozenset(mandatory))
+    return BuilderSpec(
+        *(BuilderId(name), incarnation, offered, frozenset(features), frozenset(mandatory)),
+        takes_successors=successors,
+    )
 
 
 def join(

@@ -6,10 +6,12 @@ below that does not hold.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import inf
 
 from scheduler import facts as f
+from scheduler.effects import Effect, PublishOutputs
 from scheduler.model import BuilderId, BuilderSpec, Failure, FailureKind, Recipe, Requirements, StepKey, SubmissionId
 from scheduler.policy import Limits
 from scheduler.terms import Terms, Withdrawal
@@ -30,6 +32,8 @@ class Life:
     attempt: int = 0
     holder: BuilderId | None = None
     built: bool = False
+    #: Needs that were not done when the lease was granted, and are not yet.
+    follows: set[StepKey] = field(default_factory=set)
     done: bool = False
     #: Done, failed, doomed or abandoned.
     over: bool = False
@@ -48,7 +52,7 @@ class Life:
         self.gained_recipe = False
 
     def close(self) -> None:
-        self.holder, self.built = None, False
+        self.holder, self.built, self.follows = None, False, set()
 
 
 @dataclass
@@ -159,7 +163,9 @@ class Judge:
                 live = self.submissions.get(fact.submission, False) or fact.submission in self.failed_fast
                 must(live, "only what was accepted runs again", fact)
                 ended = [key for key in fact.roots if self.steps[key].done and key not in self.just_held]
-                must(len(ended) < len(fact.roots), "what succeeded does not run again", fact)
+                # Of what failed fast, others may have built all since.
+                again = len(ended) < len(fact.roots) or fact.submission in self.failed_fast
+                must(again, "what succeeded does not run again", fact)
                 must(self.roots[fact.submission] <= set(fact.roots), "no root is lost by running again", fact)
                 self._wait(fact)
                 if fact.submission in self.open:
@@ -210,6 +216,7 @@ class Judge:
                 must(len(life.faults) < self.limits.attempts, "infrastructure faults are bounded", fact)
                 must(life.faults.count(kind) <= MOST.get(kind, 99), "this kind is not retried so often", fact)
                 must(life.returns <= self.limits.returns, "returned leases are bounded", fact)
+                self._none_follows(fact, fact.lease.step)
                 self._strike(fact, life)
                 life.close()
             case f.StepBuilt():
@@ -226,6 +233,9 @@ class Judge:
             case f.StepDone():
                 life = self._open(fact, fact.lease.step, fact.lease.attempt, None)
                 must(life.built, "a step is done only after it was built by the same attempt", fact)
+                must(not life.follows, "a step is done after what it follows", fact)
+                for each in self.steps.values():
+                    each.follows.discard(fact.lease.step)
                 life.close()
                 life.done = True
                 self._over(fact.lease.step)
@@ -236,6 +246,7 @@ class Judge:
                 life.proven.add(life.active)
                 must(fact.recipe not in life.proven, "a recipe proven failing is not tried again in a life", fact)
                 self._acquit(fact.step, fact.failure)
+                self._none_follows(fact, fact.step)
                 life.active, life.faults = fact.recipe, []
                 life.close()
             case f.StepFailed():
@@ -247,6 +258,7 @@ class Judge:
                 must(fact.failure.kind is not FailureKind.CANCELLED, "a wish to stop is no failure", fact)
                 self._strike(fact, life)
                 self._acquit(fact.step, fact.failure)
+                self._none_follows(fact, fact.step)
                 life.failed, life.failed_at = fact.failure, fact.at
                 life.close()
                 self._over(fact.step)
@@ -441,18 +453,43 @@ class Judge:
         self._must(not life.done, "a done step is not built again", fact)
         self._must(fact.recipe == life.active, "the recipe in use is built", fact)
         recipe = life.recipes[fact.recipe]
-        self._must(all(self.steps[need].done for need in recipe.needs), "all needs are done before a lease", fact)
+        life.follows = {need for need in recipe.needs if not self.steps[need].done}
+        here = all(self.steps[need].holder == fact.builder for need in life.follows)
+        self._must(here, "what is leased before its needs are done follows them where they are built", fact)
         self._must(fact.builder in self.builders, "only builders that joined get leases", fact)
         admitted = self.builders[fact.builder]
         spec = admitted.spec
         wanted = recipe.requirements
         self._must(_offers(spec, wanted), "the builder offers what the recipe requires", fact)
-        held = sum(other.holder == fact.builder and not other.built for other in self.steps.values())
-        self._must(held < admitted.capacity, "no builder is given more than its capacity", fact)
+        self._must(spec.takes_successors or not life.follows, "only builders that can take leases early do", fact)
+        life.holder = fact.builder
+        running = [other for other in self.steps.values() if other.holder == fact.builder and not other.built]
+        followers = [other for other in running if self._runs(other.follows)]
+        held = len(running) - len(followers) - (not self._runs(life.follows))
+        if self._runs(life.follows):
+            places = [need for other in followers for need in self._runs(other.follows)]
+            self._must(len(places) == len(set(places)), "one lease follows another at most", fact)
+            idle = any(self._runs(self.steps[need].follows) for need in places)
+            self._must(not idle, "no lease follows one that does not run", fact)
+        else:
+            self._must(held < admitted.capacity, "no builder is given more than its capacity", fact)
         self._must(not admitted.closed, "a builder that drains or is unfit is given nothing", fact)
         self._must(not admitted.quarantined, "a builder in quarantine is given nothing", fact)
         self._must(not (admitted.probation and held), "a builder on probation is given one lease", fact)
-        life.attempt, life.holder = fact.lease.attempt, fact.builder
+        life.attempt = fact.lease.attempt
+
+    def _runs(self, keys: Iterable[StepKey]) -> list[StepKey]:
+        return [key for key in keys if self.steps[key].holder is not None and not self.steps[key].built]
+
+    def _none_follows(self, fact: f.Fact, key: StepKey) -> None:
+        follows = any(key in life.follows for life in self.steps.values())
+        self._must(not follows, "a lease that others follow ends after theirs", fact)
+
+    def take_effects(self, effects: Iterable[Effect]) -> None:
+        """Judge what the shell is told to do, after the facts of the call."""
+        for effect in effects:
+            if isinstance(effect, PublishOutputs) and self.steps[effect.lease.step].follows:
+                raise OracleError(f"{effect.lease} is published before what it follows")
 
 
 def _offers(spec: BuilderSpec, wanted: Requirements) -> bool:

@@ -12,6 +12,7 @@ workers, `sim_play` the command. Here are the coordinator, the faults of workers
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import methodcaller
@@ -72,8 +73,10 @@ class Sim:
         self.wake_at = 0.0
         self.incarnations = itertools.count(2)
         self.network = Network(life, self)
+        # Chance of its own: half of the seeds stay what they were before leases could follow others.
+        succession = random.Random(f"succession {seed}").random() < 0.5
         self.network.links = [
-            Link(self._worker(spec, slots))
+            Link(self._worker(replace(spec, takes_successors=succession), slots))
             for spec, slots in (
                 (builder("b0", "linux"), 2),
                 (builder("b1", "linux", "darwin", features=["kvm"]), 2),
@@ -116,6 +119,7 @@ class Sim:
             self.judge.take(fact)
             self._check_truth(fact)
         self.judge.after_call()
+        self.judge.take_effects(effects)
         self.turns += 1
         if self.turns % CHECK_EVERY == 0:
             invariants.check(farm.state)
@@ -176,7 +180,7 @@ class Sim:
                 case x.PublishOutputs():
                     self._publish(effect.lease)
                 case x.StartBuild():
-                    self.network.send(effect.builder, methodcaller("start", effect.lease, effect.recipe))
+                    self.network.send(effect.builder, methodcaller("start", effect.lease, effect.recipe, effect.after))
                 case x.CancelBuild():
                     self.network.send(effect.builder, methodcaller("cancel", effect.lease))
 
@@ -211,11 +215,11 @@ class Sim:
             self.time.chance,
         )
 
-    def _has_inputs(self, lease: LeaseId, recipe: int) -> bool:
+    def _has_inputs(self, lease: LeaseId, recipe: int, here: set[StepKey]) -> bool:
         life = self.judge.steps.get(lease.step)
         # A lease may outlive its step, which may since be known again by fewer recipes.
         recipes = life.recipes[recipe : recipe + 1] if life is not None else []
-        return bool(recipes) and all(need in self.clients.cache for need in recipes[0].needs)
+        return bool(recipes) and all(need in self.clients.cache or need in here for need in recipes[0].needs)
 
     def _of_worker(self, worker: SimWorker, seconds: float, action: Callable[[], None]) -> None:
         self.time.after(seconds, lambda: action() if worker.alive else None)

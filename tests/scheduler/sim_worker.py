@@ -13,12 +13,9 @@ from functools import partial
 
 from scheduler import events as e
 from scheduler.model import BuilderSpec, Failure, FailureKind, LeaseId, StepKey
+from workers.agent.lease_actions import Build, Fetch, HandBack, LeaseKey
 from workers.agent.lease_machine import (
-    Build,
     Ending,
-    Fetch,
-    HandBack,
-    LeaseKey,
     LeaseState,
     Trouble,
     WorkerMachine,
@@ -76,9 +73,9 @@ class SimWorker:
     slots: int
     now: Callable[[], float]
     later: Callable[[SimWorker, float, Callable[[], None]], None]
-    #: How a build of (step, recipe) ends now, and whether the step's inputs can be fetched.
+    #: How a build of (step, recipe) ends now, and whether the step's inputs can be fetched, but for some built here.
     outcome: Callable[[LeaseId, int], str]
-    fetchable: Callable[[LeaseId, int], bool]
+    fetchable: Callable[[LeaseId, int, set[StepKey]], bool]
     chance: random.Random
     alive: bool = True
     unfit: str = ""
@@ -90,6 +87,10 @@ class SimWorker:
     outbox: list[tuple[int, LeaseKey, e.Event]] = field(default_factory=list)
     sequence: int = 0
     finished: set[LeaseKey] = field(default_factory=set)
+    #: What this incarnation has built, the leases that follow others, and those of them that have fetched all else.
+    built: set[LeaseKey] = field(default_factory=set)
+    after: dict[LeaseKey, tuple[LeaseKey, ...]] = field(default_factory=dict)
+    prepared: set[LeaseKey] = field(default_factory=set)
     #: Every build that this incarnation began.
     began: list[LeaseKey] = field(default_factory=list)
 
@@ -102,10 +103,13 @@ class SimWorker:
         held = tuple(LeaseId(StepKey(key[0]), key[1]) for key, _ in self.machine.held())
         return e.BuilderJoined(self.spec, self.machine.capacity(), held, self.machine.draining, self.unfit)
 
-    def start(self, lease: LeaseId, recipe: int) -> None:
+    def start(self, lease: LeaseId, recipe: int, after: tuple[LeaseId, ...] = ()) -> None:
         key = (lease.step, lease.attempt)
-        if key not in self.finished and self.machine.accept(key, self.now()):
-            self.recipes[key] = recipe
+        ahead = tuple((each.step, each.attempt) for each in after)
+        if key not in self.finished and self.machine.accept(key, self.now(), after=ahead):
+            self.recipes[key], self.after[key] = recipe, ahead
+            if not all(each in self.built or self.machine.may_be_followed(each) for each in ahead):
+                self._report(key, judge_trouble(Trouble.NOT_BUILT_HERE))
             self.advance()
 
     def cancel(self, lease: LeaseId) -> None:
@@ -157,7 +161,11 @@ class SimWorker:
     def _fetched(self, key: LeaseKey) -> None:
         if not self._is(key, LeaseState.FETCHING):
             return
-        if self.fetchable(LeaseId(StepKey(key[0]), key[1]), self.recipes[key]):
+        if self.machine.following.waits(key):
+            self.prepared.add(key)
+            return
+        here = {StepKey(step) for step, _ in self.after[key]}
+        if self.fetchable(LeaseId(StepKey(key[0]), key[1]), self.recipes[key], here):
             self.machine.fetched(key)
             self.advance()
         else:
@@ -171,7 +179,10 @@ class SimWorker:
         if end is not None and outcome not in ("upload", "output"):
             self._report(key, end)
             return
-        self.machine.built(key, self.now())
+        self.built.add(key)
+        for released in self.machine.built(key, self.now()):
+            if released in self.prepared:
+                self._fetched(released)
         self.later(self, self.chance.uniform(0.1, 3.0), lambda: self._report(key, end))
         self.advance()
 
@@ -186,6 +197,9 @@ class SimWorker:
             event = e.BuildFailed(lease, self.spec.id, Failure(FailureKind(end.reason), end.message, end.signature))
         self.sequence += 1
         self.outbox.append((self.sequence, key, event))
+        if key not in self.built:
+            for behind in self.machine.following.waiting_for(key):
+                self._report(behind, judge_trouble(Trouble.NOT_BUILT_HERE))
         if self.waiting is not None:
             self.waiting()
         self.advance()

@@ -64,7 +64,10 @@ def play(seed: int) -> World:
     learning = random.Random(f"learning {seed}")
     learned = learning.random() < 0.5
     speeds = learning.choice([(1.0, 4.0, 0.5), (3.0, 1.0, 9.0)]) if learned else ()
-    world = World(limits, speeds=speeds, memories=learning.choice([(8, 8, 4), (5, 0, 0), ()]) if learned else ())
+    memories = learning.choice([(8, 8, 4), (5, 0, 0), ()]) if learned else ()
+    # Chance of its own likewise: half of the seeds stay what they were before leases could follow others.
+    succession = random.Random(f"succession {seed}").random() < 0.5
+    world = World(limits, speeds=speeds, memories=memories, succession=succession)
     graph = random_graph(chance, chance.choice([0.0, 0.3, 0.6]))
     if learned:
         graph = with_work(graph, learning)

@@ -173,7 +173,8 @@ def tell_effect(effect: Effect) -> str:
     """Return one line about an effect."""
     match effect:
         case StartBuild():
-            return f"start {_lease(effect.lease)} on {effect.builder}, recipe {effect.recipe}"
+            after = f", after {', '.join(map(_lease, effect.after))}" if effect.after else ""
+            return f"start {_lease(effect.lease)} on {effect.builder}, recipe {effect.recipe}{after}"
         case CancelBuild():
             return f"cancel {_lease(effect.lease)} on {effect.builder}"
         case PublishOutputs():

@@ -10,8 +10,23 @@ from typing import Any
 
 import pytest
 
-from scheduler import builder_rules, decide, failures, farm, forsaken, records, snapshot, state, step_rules, wanted
+from scheduler import (
+    builder_rules,
+    builders,
+    decide,
+    failures,
+    farm,
+    forsaken,
+    react,
+    records,
+    snapshot,
+    state,
+    step_rules,
+    succession,
+    wanted,
+)
 from scheduler import facts as f
+from scheduler.effects import Effect, PublishOutputs
 from scheduler.model import FailureKind, Instant, SubmissionId
 from tests.scheduler.sim_play import play
 
@@ -74,6 +89,18 @@ def _all_sealed(state: state.FarmState) -> Iterator[f.Fact]:
     )
 
 
+def _without_order(state: state.FarmState) -> Iterator[f.Fact]:
+    for fact in snapshot.tell_all(state):
+        if isinstance(fact, f.StepRestored) and fact.past is not None:
+            yield replace(fact, past=replace(fact.past, follows=()))
+        else:
+            yield fact
+
+
+def _publish(_state: state.FarmState, fact: f.StepBuilt) -> tuple[Effect, ...]:
+    return (PublishOutputs(fact.lease, fact.evidence),)
+
+
 MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
     ("nobody is quarantined", builder_rules.BuilderRules, "judge", _nothing),
     ("known failures are built again", decide, "is_known_failure", lambda *_: False),
@@ -94,6 +121,12 @@ MUTANTS: tuple[tuple[str, Any, str, Any], ...] = (
     ("a fall-back of what may grow is not noted", wanted.WantedSteps, "_fall_in", lambda *_: None),
     ("a snapshot forgets what may grow", farm, "tell_all", _all_sealed),
     ("known failures are forgotten", decide.Decider, "_expired", _forget_failures),
+    ("what follows a lease outlives it", farm, "handing_back", lambda *_: ()),
+    ("what follows others is published at once", farm, "REACTIONS", {**react.REACTIONS, f.StepBuilt: _publish}),
+    ("what follows a build takes a place of its own", builders, "is_follower", lambda _: False),
+    ("many follow one build", succession.SuccessionRules, "_has_follower", lambda *_: False),
+    ("builders that cannot get leases early", succession, "_takes", lambda builder: bool(builder.spec)),
+    ("a snapshot forgets what follows what", farm, "tell_all", _without_order),
 )
 
 

@@ -33,6 +33,7 @@ from tests.scheduler.kit import (
     report,
     seal,
     submit,
+    unpublished,
 )
 from tests.scheduler.kit import step as a_step
 
@@ -346,6 +347,35 @@ def opened(scene: Scene) -> None:
     scene.at(11).play(seal("s1"))
 
 
+CHAIN = (a_step("c", "b"), a_step("b", "a"), a_step("a"))
+
+
+def succession(scene: Scene) -> None:
+    scene.note("One builder makes a chain. It gets each lease while it makes what the step needs.")
+    scene.play(join(builder("b1", successors=True)))
+    scene.play(submit("s1", ["c"], *CHAIN))
+    scene.note("`b` has begun in the place of `a`, of which nothing is published yet; `c` is next.")
+    scene.at(1).play(built("a", "b1"))
+    scene.note("What is built is published after what it refers to.")
+    scene.at(2).play(built("b", "b1"))
+    scene.at(3).play(published("a"))
+    scene.at(4).play(built("c", "b1"), published("b"))
+    scene.at(5).play(published("c"))
+
+
+def succession_broken(scene: Scene) -> None:
+    scene.note("What follows a lease ends before it, costs no attempt and is nobody's fault.")
+    scene.play(join(builder("b1", successors=True)))
+    scene.play(submit("s1", ["c"], *CHAIN))
+    scene.at(1).play(built("a", "b1"))
+    scene.at(2).play(built("b", "b1"))
+    scene.note("`a` cannot be published: `b` is built and `c` runs, and neither counts.")
+    scene.at(3).play(unpublished("a", INFRASTRUCTURE))
+    scene.at(63).play(TimePassed())
+    scene.note("It fails for good: so it says itself, once, and the others are doomed by it.")
+    scene.at(64).play(broke("a", "b1", PERMANENT, 2))
+
+
 STORIES: tuple[Callable[[Scene], None], ...] = (
     diamond,
     failure_dooms,
@@ -367,6 +397,8 @@ STORIES: tuple[Callable[[Scene], None], ...] = (
     given_up,
     fair_share,
     opened,
+    succession,
+    succession_broken,
 )
 
 

@@ -52,6 +52,9 @@ class Agent:
     leases: list[LeaseId] = field(default_factory=list)
     #: What this incarnation was ever told: a repeated order is a no-op.
     told: set[LeaseId] = field(default_factory=set)
+    #: What it was told to follow, and what this incarnation has built.
+    after: dict[LeaseId, tuple[LeaseId, ...]] = field(default_factory=dict)
+    built: set[LeaseId] = field(default_factory=set)
 
 
 @dataclass
@@ -64,6 +67,8 @@ class World:
     speeds: tuple[float, ...] = ()
     #: Of their machines, likewise.
     memories: tuple[int, ...] = ()
+    #: Whether they take leases that follow others.
+    succession: bool = False
 
     def __post_init__(self) -> None:
         self.farm = Farm(self.limits)
@@ -88,6 +93,8 @@ class World:
         }
         for agent, memory_bytes in zip(self.agents.values(), self.memories, strict=False):
             agent.spec = replace(agent.spec, memory_bytes=memory_bytes)
+        for agent in self.agents.values():
+            agent.spec = replace(agent.spec, takes_successors=self.succession)
         for agent in self.agents.values():
             self._hello(agent)
         self._measure()
@@ -115,6 +122,7 @@ class World:
         for fact in facts:
             self.judge.take(fact)
         self.judge.after_call()
+        self.judge.take_effects(effects)
         self.facts += facts
         self.calls.append(facts)
         self.orders += effects
@@ -151,7 +159,8 @@ class World:
     def _check_memory(self) -> None:
         """No builder runs what asks for more than its machine has, but for one that asks for more than any has."""
         for each in self.farm.state.builders.values():
-            asked = [step.memory_bytes for step in each.leases.values() if step.memory_bytes]
+            placed = [step for step in each.leases.values() if step.key not in each.followers]
+            asked = [step.memory_bytes for step in placed if step.memory_bytes]
             if each.memory_bytes != sum(asked):
                 raise OracleError(f"{each.id} counts {each.memory_bytes} bytes, its leases ask for {sum(asked)}")
             if len(asked) > 1 and each.spec is not None and 0 < each.spec.memory_bytes < sum(asked):
@@ -255,13 +264,23 @@ class World:
             if effect.lease not in agent.told:
                 agent.told.add(effect.lease)
                 agent.leases.append(effect.lease)
+                agent.after[effect.lease] = effect.after
+                if not agent.built.union(agent.leases).issuperset(effect.after):
+                    self.finish(agent, effect.lease, FailureKind.RETURNED)
         elif effect.lease in agent.leases:
             self.finish(agent, effect.lease, FailureKind.CANCELLED)
 
     def finish(self, agent: Agent, lease: LeaseId, kind: FailureKind | None) -> None:
         """End a build on an agent; None is success. The report goes by mail."""
+        ahead = agent.after.get(lease, ())
+        if kind is None and not agent.built.issuperset(ahead):
+            if any(each in agent.leases for each in ahead if each not in agent.built):
+                # It has not begun yet.
+                return
+            kind = FailureKind.RETURNED
         agent.leases.remove(lease)
         if kind is None:
+            agent.built.add(lease)
             self.mail.append(e.BuildSucceeded(lease, agent.spec.id, b"e"))
         else:
             self.mail.append(e.BuildFailed(lease, agent.spec.id, Failure(kind, "no")))
@@ -287,9 +306,12 @@ class World:
         if not agent.alive:
             self.incarnations += 1
             spec = agent.spec
-            agent.spec = BuilderSpec(spec.id, f"i{self.incarnations}", spec.systems, spec.features, spec.mandatory)
+            agent.spec = BuilderSpec(
+                *(spec.id, f"i{self.incarnations}", spec.systems, spec.features, spec.mandatory),
+                takes_successors=spec.takes_successors,
+            )
             agent.alive = True
-            agent.told = set()
+            agent.told, agent.after, agent.built = set(), {}, set()
         self._hello(agent)
 
     def sleep(self, seconds: float) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tests.workers.conftest import AgentHarness
 from workers.agent.admission import LOWER_EVERY_S, RAISE_AFTER_S, Machine, SlotOffer, next_offer
 from workers.agent.agent import Agent
-from workers.agent.lease_machine import Build, WorkerMachine
+from workers.agent.lease_actions import Build
+from workers.agent.lease_machine import WorkerMachine
 from workers.agent.settings import WorkerSettings, inspect_host
 from workers.agent.vitals import read_vitals
 from workers.wire.messages import Batch, Hello, Vitals

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from infra.daemon import BuildStatus
 from scheduler.model import FailureKind
+from workers.agent.lease_actions import Build, Fetch, HandBack, LeaseKey
 from workers.agent.lease_machine import (
     HAND_BACK_S,
     HINTS,
@@ -19,10 +20,6 @@ from workers.agent.lease_machine import (
     MAX_UPLOADS_PER_SLOT,
     STATUS_POLICY,
     TROUBLE_POLICY,
-    Build,
-    Fetch,
-    HandBack,
-    LeaseKey,
     LeaseState,
     Trouble,
     WorkerMachine,
@@ -257,6 +254,53 @@ def test_a_long_build_ends_the_backlog_of_short_ones_soon() -> None:
         machine.report(key, now)
         machine.acknowledged(key)
     assert machine.backlog == 0
+
+
+def test_a_lease_that_follows_another_takes_its_slot_and_is_not_late_meanwhile() -> None:
+    machine = WorkerMachine(1)
+    ready(machine, A)
+    assert machine.next_actions(0.0) == [Build(A, 0)]
+    assert machine.accept(B, 0.0, after=(A,))
+    assert machine.accept(C, 0.0, after=(B,))
+    # What else they need is fetched; they wait for no slot, however long that takes.
+    assert machine.next_actions(1.0) == [Fetch(B), Fetch(C)]
+    assert machine.next_actions(1.0 + 2 * HAND_BACK_S) == []
+    assert machine.deadline(1.0) is None
+    assert machine.capacity() == 1
+    assert machine.following.waiting_for(A) == [B]
+    assert machine.built(A, 10.0) == [B]
+    machine.fetched(B)
+    assert machine.next_actions(10.0) == [Build(B, 0)]
+    # The coordinator takes B for one that waits until it has the report of A.
+    assert machine.capacity() == 1
+    machine.report(A, 11.0)
+    assert machine.capacity() == 1
+    assert machine.capacity({A}) == 1
+    # B is built while A is still on its way: both have left the slot, and C takes it.
+    assert machine.built(B, 12.0) == [C]
+    assert machine.capacity() == 1
+    machine.report(B, 12.0)
+    assert machine.capacity({A, B}) == 1
+
+
+def test_a_lease_whose_need_failed_follows_nothing_and_one_that_is_drained_goes_back() -> None:
+    machine = WorkerMachine(2)
+    ready(machine, A, C)
+    machine.next_actions(0.0)
+    machine.accept(B, 0.0, after=(A, C))
+    assert machine.next_actions(0.0) == [Fetch(B)]
+    machine.built(C, 1.0)
+    machine.report(C, 1.0, "upload_failed")
+    # It was built here, whatever becomes of its outputs.
+    assert machine.may_be_followed(C)
+    assert machine.following.waits(B)
+    machine.report(A, 2.0, "permanent")
+    assert not machine.may_be_followed(A)
+    assert machine.following.waiting_for(A) == [B]
+    machine.draining = True
+    assert machine.next_actions(2.0) == [HandBack(B)]
+    machine.report(B, 2.0, "returned")
+    assert not machine.following.waits(B)
 
 
 def test_a_report_in_the_answer_no_longer_counts_for_the_capacity() -> None:

@@ -211,6 +211,7 @@ class Agent:
             network=self._settings.network,
             memory_bytes=self._offer.memory_bytes,
             takes_cores=True,
+            takes_successors=True,
             nix_version=self._nix_version,
             leases=tuple(HeldLease.model_validate(held) for held in self._leases.held()),
         ).dump()

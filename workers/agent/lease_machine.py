@@ -13,16 +13,19 @@ Each accepted lease walks `queued -> fetching -> ready -> building -> uploading 
 - Builds whose need of memory is known run side by side only as far as the machine's memory goes; one that takes
   more than all of it runs when no other of them does. It is a hint: a build without one counts for nothing.
 - A lease that waited `HAND_BACK_S` behind busy slots, or for memory, is handed back: another worker may be free.
+- One that follows others (`following`) fetches what else it needs and waits until these are built, without a slot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
 from workers.agent import refusals
+from workers.agent.following import Following
+from workers.agent.lease_actions import Action, Build, Fetch, HandBack, LeaseKey
 from workers.wire.reasons import Reason
 
 #: Seconds of expected work kept waiting per slot.
@@ -37,9 +40,6 @@ HAND_BACK_S = 2.0
 MAX_UPLOADS_PER_SLOT = 4
 #: Leases in hand, whatever the coordinator sends; more are handed back at once.
 MAX_LEASES = 4096
-
-#: (step, attempt)
-LeaseKey = tuple[str, int]
 
 
 class LeaseState(StrEnum):
@@ -162,6 +162,7 @@ class Trouble(StrEnum):
     NOT_GREETED = "the worker has not been told about its farm yet"
     CANCELLED = "stopped on request"
     NOT_STARTED = "handed back without having been started"
+    NOT_BUILT_HERE = "handed back because what it was to follow was not built here"
     STOPPING = "handed back because the worker is stopping"
     #: Stopped because the worker stops: another one begins anew.
     DRAINED = "handed back because the worker stops"
@@ -193,6 +194,7 @@ TROUBLE_POLICY: Mapping[Trouble, Reason] = MappingProxyType(
         Trouble.NOT_GREETED: "returned",
         Trouble.CANCELLED: "cancelled",
         Trouble.NOT_STARTED: "returned",
+        Trouble.NOT_BUILT_HERE: "returned",
         Trouble.STOPPING: "returned",
         Trouble.DRAINED: "returned",
         Trouble.INPUT_CHANGED: "infrastructure",
@@ -263,31 +265,6 @@ def judge_trouble(trouble: Trouble, detail: str = "") -> Ending:
     return Ending(TROUBLE_POLICY[trouble], f"{trouble}: {detail}" if detail else str(trouble))
 
 
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """Make the lease's inputs valid; ends in `fetched` or `report`."""
-
-    key: LeaseKey
-
-
-@dataclass(frozen=True, slots=True)
-class Build:
-    """Build in this slot; ends in `built` or `report`."""
-
-    key: LeaseKey
-    slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class HandBack:
-    """Stop preparing this lease and report it as returned; ends in `report`."""
-
-    key: LeaseKey
-
-
-Action = Fetch | Build | HandBack
-
-
 @dataclass(slots=True)
 class _Held:
     state: LeaseState
@@ -301,6 +278,8 @@ class _Held:
     building_at: float = 0.0
     #: A hand-back was requested; it is requested once.
     handed_back: bool = False
+    #: Its outputs are valid in the store, whatever comes after.
+    built: bool = False
 
 
 class WorkerMachine:
@@ -320,6 +299,8 @@ class WorkerMachine:
         self._most_fetches = most_fetches
         #: Insertion order is order of arrival.
         self._held: dict[LeaseKey, _Held] = {}
+        #: For reading only.
+        self.following = Following()
         #: Free slots, lowest taken first; together with the slots of BUILDING leases each number exactly once.
         self._free = list(range(slots))
         #: Moving mean of build durations in seconds; None before the first build.
@@ -345,7 +326,7 @@ class WorkerMachine:
     @property
     def has_idle_slot(self) -> bool:
         """True if a slot would start a lease that came now."""
-        waiting = sum(held.state in _WAITING for held in self._held.values())
+        waiting = sum(held.state in _WAITING and not self.following.waits(key) for key, held in self._held.items())
         return min(len(self._free), self.offered - self.running) > waiting
 
     @property
@@ -353,24 +334,40 @@ class WorkerMachine:
         """Number of builds that run."""
         return self._slots - len(self._free)
 
-    def accept(self, key: LeaseKey, now: float, memory_bytes: int = 0) -> bool:
-        """Take a lease into hand; False where it is there already. `memory_bytes`: its build's need, or 0."""
+    def accept(self, key: LeaseKey, now: float, memory_bytes: int = 0, after: Sequence[LeaseKey] = ()) -> bool:
+        """Take a lease into hand; False where it is there already. `memory_bytes`: its build's need, or 0.
+
+        It follows those of `after` that are in hand.
+        """
         if key in self._held:
             return False
         self._held[key] = _Held(LeaseState.QUEUED, now, memory_bytes)
+        if after:
+            ahead = [each for each in after if each in self._held]
+            self.following.begin(key, ahead, [each for each in ahead if not self._held[each].built])
         return True
+
+    def may_be_followed(self, key: LeaseKey) -> bool:
+        """Return whether a lease is in hand and built, or may yet be."""
+        held = self._held.get(key)
+        return held is not None and (held.built or held.state is not LeaseState.REPORTING)
 
     def fetched(self, key: LeaseKey, *, fetches: bool = False) -> None:
         """All inputs are valid; `fetches`: the build uses the network."""
         self._move(key, LeaseState.READY)
         self._held[key].fetches = fetches
 
-    def built(self, key: LeaseKey, now: float) -> None:
-        """The build ended well; its slot is free."""
+    def built(self, key: LeaseKey, now: float) -> list[LeaseKey]:
+        """The build ended well, its slot is free; return the leases that waited for it and may go on."""
         held = self._held[key]
         self._move(key, LeaseState.UPLOADING)
+        held.built = True
         self._leave_slot(held)
         self._count_build(now - held.building_at)
+        released = self.following.built(key)
+        for each in released:
+            self._held[each].arrived_at = now
+        return released
 
     def report(self, key: LeaseKey, now: float, reason: Reason | None = None) -> bool:
         """The lease ended, by `reason` or (None) with its outputs; False where that is known already."""
@@ -383,6 +380,7 @@ class WorkerMachine:
                 # How soon a build was stopped, or broke with its daemon, is no evidence for the next.
                 self._count_build(now - held.building_at)
         held.state = LeaseState.REPORTING
+        self.following.stop_waiting(key)
         return True
 
     def acknowledged(self, key: LeaseKey) -> None:
@@ -390,6 +388,7 @@ class WorkerMachine:
         if self._held[key].state is not LeaseState.REPORTING:
             raise ValueError(f"lease {key} was acknowledged before its report")
         del self._held[key]
+        self.following.end(key)
 
     def next_actions(self, now: float) -> list[Action]:
         """Return the actions that are due now, each once."""
@@ -405,6 +404,9 @@ class WorkerMachine:
         surplus = len(self._held) > MAX_LEASES
         for key, held in self._held.items():
             if held.state not in _WAITING or held.handed_back:
+                continue
+            if self.following.waits(key):
+                actions += _next(key, held, returns=self.draining or surplus)
                 continue
             # Nothing with a hint passes one that waits for memory, or that would wait for ever.
             fits = not held.memory_bytes or (not short_of_memory and self._has_memory(memory_bytes, held.memory_bytes))
@@ -424,18 +426,15 @@ class WorkerMachine:
             waiting += 1
             behind = building + waiting > self.offered or not fits
             late = now - held.arrived_at >= HAND_BACK_S
-            if self.draining or (behind and (late or surplus)):
-                held.handed_back = True
-                waiting -= 1
-                actions.append(HandBack(key))
-            elif held.state is LeaseState.QUEUED:
-                held.state = LeaseState.FETCHING
-                actions.append(Fetch(key))
+            returns = self.draining or (behind and (late or surplus))
+            waiting -= returns
+            actions += _next(key, held, returns=returns)
         return actions
 
     def deadline(self, now: float) -> float | None:
         """Return the time after `now` at which `next_actions` is due again although nothing happened."""
-        times = [held.arrived_at + HAND_BACK_S for held in self._held.values() if held.state in _WAITING]
+        waiting = [held for key, held in self._held.items() if held.state in _WAITING and not self.following.waits(key)]
+        times = [held.arrived_at + HAND_BACK_S for held in waiting]
         return min((time for time in times if time > now), default=None)
 
     @property
@@ -459,7 +458,9 @@ class WorkerMachine:
         for key, held in self._held.items():
             if held.state is LeaseState.UPLOADING or (held.state is LeaseState.REPORTING and key not in reported):
                 finishing += 1
-        return self.offered + self.backlog + finishing + self._passed_fetches()
+        # Where the coordinator takes a lease for one that waits for another's slot, it is not told of that one's end.
+        begun = self.following.begun(lambda key: key not in self._held or key in reported)
+        return self.offered + self.backlog + finishing - begun + self._passed_fetches()
 
     def _passed_fetches(self) -> int:
         """Return the number of leases that wait for others which use the network: others come in their place."""
@@ -485,3 +486,14 @@ class WorkerMachine:
     def _count_build(self, took_s: float) -> None:
         mean_s = took_s if self._mean_s is None else self._mean_s + MEAN_WEIGHT * (took_s - self._mean_s)
         self._mean_s = max(0.0, mean_s)
+
+
+def _next(key: LeaseKey, held: _Held, *, returns: bool) -> list[Action]:
+    """Return what is to be done about a lease that cannot begin yet."""
+    if returns:
+        held.handed_back = True
+        return [HandBack(key)]
+    if held.state is not LeaseState.QUEUED:
+        return []
+    held.state = LeaseState.FETCHING
+    return [Fetch(key)]

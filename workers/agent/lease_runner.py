@@ -34,13 +34,10 @@ from workers.agent.daemon_pool import DaemonSession, DaemonUnreachableError
 from workers.agent.health import HealthWatch
 from workers.agent.input_guard import InputChangedError, InputCollectedError, InputGuard, MendingError
 from workers.agent.inputs import FarmSources, InputError, InputFetcher
+from workers.agent.lease_actions import Build, Fetch, HandBack, LeaseKey
 from workers.agent.lease_machine import (
     DOUBTFUL,
-    Build,
     Ending,
-    Fetch,
-    HandBack,
-    LeaseKey,
     LeaseState,
     Trouble,
     WorkerMachine,
@@ -86,6 +83,8 @@ class _Run:
     record: AttemptRecord
     #: The slot, once the machine has given one.
     slot: asyncio.Future[int]
+    #: Set once all is built that the lease follows.
+    released: asyncio.Event
     task: asyncio.Task[None] | None = None
     #: The task runs, so that it will report.
     begun: bool = False
@@ -144,8 +143,8 @@ class LeaseRunner:
         self._closing = closing
         #: Exactly the leases that the machine holds.
         self._runs: dict[LeaseKey, _Run] = {}
-        #: Leases that left, oldest first; at most REMEMBERED_LEASES.
-        self._finished: OrderedDict[LeaseKey, None] = OrderedDict()
+        #: Leases that left, oldest first, and whether each was built; at most REMEMBERED_LEASES.
+        self._finished: OrderedDict[LeaseKey, bool] = OrderedDict()
         self._timer: asyncio.TimerHandle | None = None
         #: What mends the store; at most one.
         self._mending: asyncio.Task[None] | None = None
@@ -188,7 +187,7 @@ class LeaseRunner:
     def held(self, ended: frozenset[LeaseKey] | set[LeaseKey] = frozenset()) -> list[dict[str, Any]]:
         """Return `HeldLease` of each lease in hand that is not among `ended`."""
         return [
-            {"step": key[0], "attempt": key[1], "stage": _STAGES[state]}
+            {"step": key[0], "attempt": key[1], "stage": self._stage(key, state)}
             for key, state in self._machine.held()
             if key not in ended
         ]
@@ -203,20 +202,25 @@ class LeaseRunner:
         """Take leases; those in hand or finished already are no-ops."""
         now = self._clock.now()
         for order in orders:
-            key = (order.step, order.attempt)
-            if key in self._finished or not self._machine.accept(key, now, order.limits.memory_bytes):
+            key, ahead = (order.step, order.attempt), [(lease.step, lease.attempt) for lease in order.after]
+            if key in self._finished or not self._machine.accept(key, now, order.limits.memory_bytes, ahead):
                 continue
             record = AttemptRecord(self._clock.now, order.traceparent)
-            self._runs[key] = _Run(order, record, asyncio.get_running_loop().create_future(), started_at=now)
+            run = _Run(order, record, asyncio.get_running_loop().create_future(), asyncio.Event(), started_at=now)
+            self._runs[key] = run
             self._health.work_came()
+            if not self._machine.following.waits(key):
+                run.released.set()
+            if not all(self._finished.get(each) or self._machine.may_be_followed(each) for each in ahead):
+                self._stop(key, Trouble.NOT_BUILT_HERE)
         self._advance()
 
     def acknowledged(self, keys: Iterable[LeaseKey]) -> None:
         """Forget leases whose reports the coordinator has."""
         for key in keys:
+            self._finished[key] = self._machine.may_be_followed(key)
             self._machine.acknowledged(key)
             del self._runs[key]
-            self._finished[key] = None
             if len(self._finished) > REMEMBERED_LEASES:
                 self._finished.popitem(last=False)
 
@@ -321,6 +325,8 @@ class LeaseRunner:
         )
         _log.info("lease %s attempt %d ended: %s%s", *key, reason or outcome.kind, _in_trace(run.order))
         self._outbox.report(report, within_s=0.0 if self._machine.has_idle_slot else REPORT_WITHIN_S)
+        if not self._machine.may_be_followed(key):
+            self.stop(self._machine.following.waiting_for(key), Trouble.NOT_BUILT_HERE)
 
     async def _work(self, key: LeaseKey, run: _Run) -> Succeeded:
         """Raises `_Stopped` where the lease ends without a result."""
@@ -332,10 +338,7 @@ class LeaseRunner:
         except NixError as error:
             raise _Stopped(judge_trouble(Trouble.DERIVATION_UNREADABLE, str(error))) from None
         try:
-            if not self._inputs.known(order.inputs):
-                self._tell_stage(key, Stage.FETCHING)
-                with run.record.span("inputs"):
-                    await self._inputs.ensure(order.inputs, sources, run.record)
+            await (self._follow(run, sources) if order.after else self._fetch(key, run, sources))
             self._machine.fetched(key, fetches=any(output.hash for output in derivation.outputs))
             self._advance()
             await self._build(key, run, await run.slot, derivation)
@@ -356,6 +359,27 @@ class LeaseRunner:
             raise _Stopped(judge_trouble(Trouble.CONNECTION_LOST, str(error))) from None
         except (DaemonError, DaemonUnreachableError) as error:
             raise _Stopped(judge_trouble(Trouble.DAEMON_LOST, str(error))) from None
+
+    async def _fetch(self, key: LeaseKey, run: _Run, sources: FarmSources) -> None:
+        if not self._inputs.known(run.order.inputs):
+            self._tell_stage(key, Stage.FETCHING)
+            with run.record.span("inputs"):
+                await self._inputs.ensure(run.order.inputs, sources, run.record)
+
+    async def _follow(self, run: _Run, sources: FarmSources) -> None:
+        """Fetch what else a lease needs while that is built which it follows, then take what this made.
+
+        That is valid, and the connection that built it keeps it until it is rooted here: the cache is not asked.
+        """
+        ahead = [self._runs.get((lease.step, lease.attempt)) for lease in run.order.after]
+        made = [output.path for each in ahead if each is not None for output in (await _parsed(each.order)).outputs]
+        try:
+            with run.record.span("inputs"):
+                await self._inputs.ensure(sorted({*run.order.inputs}.difference(made)), sources, run.record)
+            await run.released.wait()
+            await self._inputs.ensure(run.order.inputs, sources, run.record)
+        except InputError as error:
+            raise _Stopped(judge_trouble(Trouble.NOT_BUILT_HERE, str(error))) from None
 
     async def _build(self, key: LeaseKey, run: _Run, slot: int, derivation: BasicDerivation) -> None:
         run.building_at = self._clock.now()
@@ -404,7 +428,8 @@ class LeaseRunner:
             if ending.reason in ("infrastructure", "input_missing"):
                 self._inputs.forget()
             raise _Stopped(ending)
-        self._machine.built(key, run.built_at)
+        for released in self._machine.built(key, run.built_at):
+            self._runs[released].released.set()
 
     @contextmanager
     def _ending_where_inputs_changed(self) -> Iterator[None]:
@@ -453,6 +478,9 @@ class LeaseRunner:
                 moving=moving,
             )
         return Succeeded(outputs=outputs)
+
+    def _stage(self, key: LeaseKey, state: LeaseState) -> Stage:
+        return Stage.QUEUED if self._machine.following.waits(key) else _STAGES[state]
 
     def _tell_stage(self, key: LeaseKey, stage: Stage, phase: str = "") -> None:
         change = StageChange(step=key[0], attempt=key[1], stage=stage, phase=phase, at=self._clock.now())

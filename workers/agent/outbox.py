@@ -31,7 +31,7 @@ from typing import Any
 
 import orjson
 
-from workers.agent.lease_machine import LeaseKey
+from workers.agent.lease_actions import LeaseKey
 from workers.errors import WorkerError
 from workers.wire.messages import SMALL_BATCH_BYTES, TRANSFERS_EVERY_S, LogChunk, Report, StageChange
 

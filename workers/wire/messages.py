@@ -170,6 +170,9 @@ class LeaseOrder(WireMessage):
     #: Processors that the build should have use for (`workers.agent.build_cores`); 0: not known. On the wire only for
     #: agents that take it.
     cores: Annotated[int, Field(ge=0, le=MAX_SLOTS)] = 0
+    #: Leases of the same agent whose builds make inputs that may not be in the cache yet: it begins once these are
+    #: built there, and hands the lease back where one of them ends otherwise. On the wire only for agents that take it.
+    after: tuple[Lease, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -186,6 +189,8 @@ class LeaseOrder(WireMessage):
         del data["limits"]
         if not self.cores:
             del data["cores"]
+        if not self.after:
+            del data["after"]
         return data | self.limits.model_dump(by_alias=True)
 
 
@@ -234,6 +239,8 @@ class Hello(Introduction):
     memory_bytes: Annotated[int, Field(ge=0, le=MOST_BYTES)] = 0
     #: Whether it reads `LeaseOrder.cores`.
     takes_cores: bool = False
+    #: Whether it reads `LeaseOrder.after`.
+    takes_successors: bool = False
     nix_version: Name
     leases: HeldLeases
 
