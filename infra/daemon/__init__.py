@@ -1,12 +1,12 @@
 """An asyncio client of the Nix daemon's worker protocol.
 
 `wire` is the codec without I/O, `values` what travels, `events` what a build reports, `child` and `channel` the stream,
-`framed` uploads, `connection` the requests, `opening` makes one, `proxy` what stands between another client and a
-daemon. Everything that other rooms need is named here.
+`framed` uploads, `conversation` and `connection` the requests, `opening` makes one, `proxy` what stands between another
+client and a daemon. Everything that other rooms need is named here.
 """
 
 from infra.daemon.confinement import UNCONFINED, Confinement, Network
-from infra.daemon.connection import DaemonConnection
+from infra.daemon.connection import BuildInOneGo, DaemonConnection
 from infra.daemon.control_groups import ControlGroups
 from infra.daemon.errors import (
     DaemonError,
@@ -35,6 +35,7 @@ __all__ = [
     "BasicDerivation",
     "BasicOutput",
     "BuildEvent",
+    "BuildInOneGo",
     "BuildMode",
     "BuildResult",
     "BuildStatus",

@@ -9,23 +9,18 @@ an unknown place, so the connection is hung up at once and every later call rais
 a build is stopped: the daemon notices within about 20 ms and kills the builder.
 """
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
-from functools import partial
-from types import TracebackType
-from typing import Final, Self
+from __future__ import annotations
 
-from infra.daemon.channel import Channel
-from infra.daemon.errors import (
-    DaemonError,
-    DaemonGone,
-    DaemonOperationError,
-    DaemonProtocolError,
-)
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+from infra.daemon.conversation import Conversation, ignore
+from infra.daemon.errors import DaemonOperationError, DaemonProtocolError
 from infra.daemon.events import BuildEvent, BuildListener
-from infra.daemon.framed import Upload, checked_nar, many_paths, send_framed
-from infra.daemon.usage import BuildersUse
+from infra.daemon.framed import Upload, checked_nar, many_paths
 from infra.daemon.values import (
     BasicDerivation,
     BuildMode,
@@ -35,30 +30,12 @@ from infra.daemon.values import (
     Options,
     decode_path_info,
     encode_path_info,
-    plain_text,
 )
-from infra.daemon.wire import (
-    CLIENT_MAGIC,
-    CLIENT_VERSION,
-    MAX_LIST_ITEMS,
-    SERVER_MAGIC,
-    Encoder,
-    Inbox,
-    IncompleteError,
-    Last,
-    Operation,
-    Refusal,
-    agreed_version,
-)
-from infra.daemon.wire import Message as WireMessage
+from infra.daemon.wire import MAX_LIST_ITEMS, Encoder, Inbox, Operation
 from infra.nix.path_info import PathInfo
 
-#: How long a daemon may take to answer the handshake; a new `nix-daemon --stdio` opens its store first.
-HANDSHAKE_S: Final = 30.0
 #: Questions that are asked before the first answer is read. A pipe holds them all, and the answers so far.
 QUESTIONS: Final = 128
-#: Most features that a server may announce.
-MAX_FEATURES: Final = 1_000
 #: Largest piece of a NAR that nar_from_path yields.
 NAR_CHUNK_BYTES: Final = 1024 * 1024
 #: How often a root is requested that a collector which ends at that moment refuses, and seconds between two requests.
@@ -66,6 +43,8 @@ ROOT_TRIES = 5
 ROOT_PAUSE_S = 0.05
 #: Roots requested before the first answer is read: the answers fit into a pipe.
 ROOTS_AT_ONCE = 256
+#: Outputs that are looked at in one go with their build: the requests fit into a pipe beside it.
+LOOKS_AT_ONCE = 16
 #: What such a refusal names (libstore, LocalStore::addTempRoot).
 COLLECTOR_SOCKET = "gc-socket"
 #: Garbage collection without a limit.
@@ -75,7 +54,22 @@ _NAR_BEGINNING: Final = b"\x0d\0\0\0\0\0\0\0nix-archive-1\0\0\0"
 _NAR_END: Final = b"\x01\0\0\0\0\0\0\0)\0\0\0\0\0\0\0"
 
 
-class DaemonConnection:
+@dataclass(frozen=True, slots=True)
+class BuildInOneGo:
+    """Answers to all that `build_in_one_go` requests.
+
+    Attributes:
+        result: The verdict.
+        infos: What the store then knows of the outputs, by path; an output that is not here may be asked for.
+        refused: Roots that were not taken.
+    """
+
+    result: BuildResult
+    infos: Mapping[str, PathInfo]
+    refused: tuple[str, ...]
+
+
+class DaemonConnection(Conversation):
     """One connection to a Nix daemon. Open it with `infra.daemon.opening`; close it with `close`.
 
     Every request may raise DaemonOperationError (the daemon refused or failed it), DaemonGone or DaemonProtocolError.
@@ -85,88 +79,9 @@ class DaemonConnection:
         nix_version: What the daemon reports of itself, such as "2.8.0"; "" before protocol 1.33.
     """
 
-    def __init__(self, channel: Channel) -> None:
-        self.version = (0, 0)
-        self.nix_version = ""
-        self._trust = 0
-        self._channel = channel
-        self._turn = asyncio.Lock()
-        #: Why no further request is possible; None while the stream stands between two messages.
-        self._unusable: str | None = None
-
-    @classmethod
-    async def over(cls, channel: Channel) -> "DaemonConnection":
-        """Shake hands over a channel, which from then on belongs to the connection, whatever happens."""
-        connection = cls(channel)
-        try:
-            async with asyncio.timeout(HANDSHAKE_S):
-                await connection._shake_hands()
-            if channel.child is not None:
-                channel.child.keep_children()
-        except TimeoutError as error:
-            await connection.close()
-            raise DaemonGone(f"the daemon did not answer the handshake within {HANDSHAKE_S:g} s") from error
-        except BaseException:
-            await connection.close()
-            raise
-        return connection
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    @property
-    def unusable_reason(self) -> str | None:
-        """Reason that every further request would raise DaemonGone, or None while the connection is usable."""
-        if self._unusable is None and self._channel.at_end:
-            return "the daemon ended the connection"
-        return self._unusable
-
-    @property
-    def pid(self) -> int | None:
-        """Process id of our own daemon, which leads its process group; None over a socket."""
-        return None if self._channel.child is None else self._channel.child.pid
-
-    async def end_orphans(self) -> None:
-        """Have what an ended build left behind killed, and wait for it; only while no build runs on the connection."""
-        if self._channel.child is not None:
-            await self._channel.child.end_orphans()
-
-    def memory_of_building(self) -> int:
-        """Resident bytes of our own daemon while a builder of it runs; 0 where that cannot be seen."""
-        return 0 if self._channel.child is None else self._channel.child.memory_of_building()
-
-    def memory_of_builders(self) -> int | None:
-        """Bytes that the builders of our own daemon have for themselves now; None where that cannot be seen."""
-        return None if self._channel.child is None else self._channel.child.memory_of_builders()
-
-    def builders_use(self) -> BuildersUse | None:
-        """Return what builders of our own daemon used since the last call; None where that cannot be seen."""
-        return None if self._channel.child is None else self._channel.child.builders_use()
-
-    def abort(self, reason: str = "aborted") -> None:
-        """Hang up now, from any task of the same loop: a running build is killed, its caller gets DaemonGone.
-
-        Does not wait; `close` does, and must still be called.
-        """
-        if self._unusable is None:
-            self._unusable = reason
-        self._channel.hang_up()
-
-    async def close(self) -> None:
-        """Hang up and wait for the end of our own daemon, by force after a while. Idempotent."""
-        self.abort("closed")
-        await self._channel.close()
-
     async def set_options(self, options: Options) -> None:
         """Set the settings for the requests that follow."""
-        request = Encoder().integer(Operation.SET_OPTIONS)
-        options.encode(request)
-        async with self._request(request):
+        async with self._request(_options_request(options)):
             pass
 
     async def query_valid_paths(self, paths: Iterable[str], *, substitute: bool = False) -> frozenset[str]:
@@ -182,7 +97,7 @@ class DaemonConnection:
         """Return what the store knows of a path, or None if it does not have it."""
         try:
             async with self._request(Encoder().integer(Operation.QUERY_PATH_INFO).string(path)):
-                return await self._channel.decode(partial(_read_path_info, path))
+                return await self._read_path_info(path)
         except DaemonOperationError:
             # Nix 2.32.0-2.32.5 and 2.33.0-2.33.2 report a missing path as an error: ask in a way they answer.
             if await self._is_valid(path):
@@ -207,12 +122,12 @@ class DaemonConnection:
                 await self._channel.send(request.getvalue())
             for number, path in enumerate(paths):
                 try:
-                    await self._until_last(_ignore)
+                    await self._until_last(ignore)
                 except DaemonOperationError:
                     refused.append(number)
                     found.append(None)
                 else:
-                    found.append(await self._channel.decode(partial(_read_path_info, path)))
+                    found.append(await self._read_path_info(path))
         for number in refused:
             found[number] = await self.query_path_info(paths[number])
         return found
@@ -253,14 +168,13 @@ class DaemonConnection:
     async def _add_temp_roots(self, paths: Sequence[str]) -> dict[str, DaemonOperationError]:
         """Request all before the first is answered; return those that were refused."""
         refused: dict[str, DaemonOperationError] = {}
-        requests = (Encoder().integer(Operation.ADD_TEMP_ROOT).string(path).getvalue() for path in paths)
         async with self._guarded():
             async with self._noticing_silence():
-                await self._channel.send(b"".join(requests))
+                await self._channel.send(_roots_request(paths))
             for path in paths:
                 try:
                     async with self._noticing_silence():
-                        await self._until_last(_ignore)
+                        await self._until_last(ignore)
                         await self._channel.decode(Inbox.read_int)
                 except DaemonOperationError as error:
                     refused[path] = error
@@ -291,19 +205,78 @@ class DaemonConnection:
         Raises:
             ValueError: drv_path is not the path of a derivation (2.8 would abort by an assertion).
         """
-        if not drv_path.endswith(".drv"):
-            raise ValueError(f"{drv_path!r} is not the path of a derivation")
-        request = Encoder().integer(Operation.BUILD_DERIVATION).string(drv_path)
-        derivation.encode(request)
-        request.integer(mode)
-        store_dir = drv_path.rpartition("/")[0]
+        request = _build_request(drv_path, derivation, mode)
         listener = BuildListener(drv_path, on_event)
         try:
             async with self._request(request, listener):
-                return await self._channel.decode(lambda inbox: BuildResult.decode(inbox, self.version[1], store_dir))
+                return await self._read_build_result(drv_path)
         except DaemonOperationError as error:
             error.builder_ran = listener.began
             raise
+
+    async def build_in_one_go(
+        self,
+        drv_path: str,
+        derivation: BasicDerivation,
+        on_event: Callable[[BuildEvent], Awaitable[object] | None],
+        *,
+        options: Options | None = None,
+        roots: Sequence[str] = (),
+    ) -> BuildInOneGo:
+        """Set options, keep up to ROOTS_AT_ONCE paths, build, and look at the outputs: requested all together.
+
+        Each request that is waited for wakes both sides, which costs more than it does. Otherwise as
+        `build_derivation`, but that any error leaves the connection unusable.
+        """
+        looks = [output.path for output in derivation.outputs][:LOOKS_AT_ONCE]
+        requests = [_roots_request(roots), _build_request(drv_path, derivation, BuildMode.NORMAL).getvalue()]
+        if options is not None:
+            requests.insert(0, _options_request(options).getvalue())
+        requests += [Encoder().integer(Operation.QUERY_PATH_INFO).string(path).getvalue() for path in looks]
+        listener = BuildListener(drv_path, on_event)
+        refused: list[str] = []
+        infos: dict[str, PathInfo] = {}
+        async with self._guarded():
+            try:
+                async with self._noticing_silence():
+                    await self._channel.send(b"".join(requests))
+                if options is not None:
+                    async with self._noticing_silence():
+                        await self._until_last(ignore)
+                for path in roots:
+                    async with self._noticing_silence():
+                        if not await self._is_root_taken():
+                            refused.append(path)
+                async with self._noticing_silence():
+                    await self._until_last(listener)
+            except DaemonOperationError as error:
+                error.builder_ran = listener.began
+                # What was requested after it will be answered all the same.
+                self.abort(str(error))
+                raise
+            result = await self._read_build_result(drv_path)
+            for path in looks:
+                with suppress(DaemonOperationError):
+                    await self._until_last(ignore)
+                    info = await self._read_path_info(path)
+                    if info is not None:
+                        infos[path] = info
+        return BuildInOneGo(result, infos, tuple(refused))
+
+    async def _is_root_taken(self) -> bool:
+        try:
+            await self._until_last(ignore)
+        except DaemonOperationError:
+            return False
+        await self._channel.decode(Inbox.read_int)
+        return True
+
+    async def _read_build_result(self, drv_path: str) -> BuildResult:
+        store_dir = drv_path.rpartition("/")[0]
+        return await self._channel.decode(lambda inbox: BuildResult.decode(inbox, self.version[1], store_dir))
+
+    async def _read_path_info(self, path: str) -> PathInfo | None:
+        return await self._channel.decode(lambda inbox: decode_path_info(path, inbox) if inbox.read_bool() else None)
 
     async def nar_from_path(self, path: str, nar_size: int) -> AsyncGenerator[bytes, None]:
         """Yield the NAR of a valid path in pieces of at most 1 MiB.
@@ -374,115 +347,20 @@ class DaemonConnection:
         async with self._request(Encoder().integer(Operation.IS_VALID_PATH).string(path)):
             return await self._channel.decode(Inbox.read_bool)
 
-    async def _shake_hands(self) -> None:
-        channel = self._channel
-        async with self._guarded():
-            await channel.send(Encoder().integer(CLIENT_MAGIC).integer(CLIENT_VERSION).getvalue())
-            if await channel.decode(Inbox.read_int) != SERVER_MAGIC:
-                raise DaemonProtocolError("the peer is not a Nix daemon")
-            server = await channel.decode(Inbox.read_int)
-            self.version = _, minor = agreed_version(server)
-            if minor >= 38:
-                await channel.send(Encoder().strings(()).getvalue())
-                await channel.words("features", MAX_FEATURES)
-            await channel.send(Encoder().integer(0).integer(0).getvalue())
-            if minor >= 33:
-                self.nix_version = await channel.decode(lambda inbox: inbox.read_word("Nix version"))
-            if minor >= 35:
-                self._trust = await channel.decode(Inbox.read_int)
-            await self._until_last(_ignore)
 
-    @asynccontextmanager
-    async def _guarded(self) -> AsyncIterator[None]:
-        """Hold the connection; whatever ends the block other than the daemon's refusal makes it unusable."""
-        async with self._turn:
-            if self._unusable is not None:
-                raise DaemonGone(f"the connection is unusable: {self._unusable}")
-            try:
-                self._channel.expect_silence()
-                yield
-            except DaemonOperationError:
-                raise
-            except DaemonError as error:
-                if self._unusable is not None:  # the stream ended because abort() ended it: say that
-                    raise DaemonGone(f"the connection is unusable: {self._unusable}") from error
-                self.abort(str(error))
-                raise
-            except BaseException as error:
-                self.abort(f"a request was interrupted by {type(error).__name__}")
-                raise
-
-    @asynccontextmanager
-    async def _request(
-        self, request: Encoder, on_message: Callable[[WireMessage], Awaitable[object] | None] | None = None
-    ) -> AsyncIterator[None]:
-        """Send a request and wait for its success; the block reads the reply."""
-        async with self._guarded():
-            async with self._noticing_silence():
-                await self._channel.send(request.getvalue())
-                await self._until_last(on_message or _ignore)
-            yield
-
-    @asynccontextmanager
-    async def _noticing_silence(self) -> AsyncIterator[None]:
-        """Mark a `DaemonGone` as unanswered if nothing came within the block."""
-        before = self._channel.received
-        try:
-            yield
-        except DaemonGone as error:
-            error.unanswered = self._channel.received == before
-            raise
-
-    async def _until_last(self, on_message: Callable[[WireMessage], Awaitable[object] | None]) -> None:
-        """Pass messages on until the daemon reports that the request succeeded."""
-        inbox = self._channel.inbox
-        while True:
-            missing = 0
-            try:
-                while True:  # all that is here, without an await per message
-                    message = inbox.read_lines() or inbox.read_message()
-                    if isinstance(message, Last):
-                        return
-                    if isinstance(message, Refusal):
-                        raise DaemonOperationError(message.level, plain_text(message.message))
-                    pause = on_message(message)
-                    if pause is not None:
-                        await pause
-            except IncompleteError as error:
-                missing = error.missing
-            await self._channel.fill(missing)
-
-    async def _upload(self, request: Encoder, chunks: AsyncIterator[bytes]) -> None:
-        """Send a request whose last argument is a framed stream, while its messages are read."""
-        refused = False
-        source_error: Exception | None = None
-        async with self._guarded():
-            await self._channel.send(request.getvalue())
-            sender = asyncio.create_task(send_framed(chunks, self._channel.send, lambda: refused), name="nix upload")
-            try:
-                try:
-                    await self._until_last(_ignore)
-                except DaemonOperationError as error:
-                    refused = True
-                    source_error = error
-                try:
-                    await sender
-                except DaemonGone:
-                    if not refused:
-                        raise
-                    self.abort("the daemon refused an upload and hung up")
-                except Exception as error:  # noqa: BLE001 - the caller's own error, raised below unchanged
-                    source_error = error
-            finally:
-                sender.cancel()
-                await asyncio.gather(sender, return_exceptions=True)
-        if source_error is not None:
-            raise source_error
+def _options_request(options: Options) -> Encoder:
+    request = Encoder().integer(Operation.SET_OPTIONS)
+    options.encode(request)
+    return request
 
 
-def _ignore(_: WireMessage) -> None:
-    """Take no notice of a message."""
+def _roots_request(paths: Iterable[str]) -> bytes:
+    return b"".join(Encoder().integer(Operation.ADD_TEMP_ROOT).string(path).getvalue() for path in paths)
 
 
-def _read_path_info(path: str, inbox: Inbox) -> PathInfo | None:
-    return decode_path_info(path, inbox) if inbox.read_bool() else None
+def _build_request(drv_path: str, derivation: BasicDerivation, mode: BuildMode) -> Encoder:
+    if not drv_path.endswith(".drv"):
+        raise ValueError(f"{drv_path!r} is not the path of a derivation")
+    request = Encoder().integer(Operation.BUILD_DERIVATION).string(drv_path)
+    derivation.encode(request)
+    return request.integer(mode)

@@ -210,6 +210,21 @@ async def test_an_input_that_was_collected_is_missing_not_changed_and_fetched_ag
     assert not any(batch.unfit for batch in reader.batches), "the worker is not to blame"
 
 
+async def test_what_was_built_here_may_come_back_with_the_contents_of_another_build(bench: AgentHarness) -> None:
+    reader = await bench.agent()
+    again = order(drv("input", "read it < /proc/sys/kernel/random/uuid; echo $it > $out"))
+    [made] = await reader.build(again)
+    assert isinstance(made.result, Succeeded)
+    [elsewhere] = await (await bench.agent("two")).build(again)
+    [given] = bench.publish(elsewhere)
+    assert made.result.outputs[0].nar_hash != given.nar_hash
+    _collect(bench, given)
+    [report] = await reader.build(order(drv("reader", f"read x < {given.path}; echo $x > $out"), [given.path]))
+    [output] = bench.publish(report)
+    assert output.nar_hash == given.nar_hash
+    assert not any(batch.unfit for batch in reader.batches)
+
+
 async def test_a_collector_that_has_not_deleted_all_of_an_input_has_changed_nothing(bench: AgentHarness) -> None:
     reader = await bench.agent()
     given = await _published(bench, reader, TREE)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 from infra.daemon import (
     BasicDerivation,
     BasicOutput,
     BuildEvent,
+    BuildInOneGo,
     BuildResult,
     DaemonConnection,
     DaemonError,
@@ -48,6 +49,8 @@ MAX_DAEMON_BYTES = 1024 * 1024 * 1024
 LOOK_EVERY_S = 0.25
 #: Looks at the daemon's memory for each at the memory of all processes of the build, but for the first.
 LOOKS_PER_PEAK = 4
+#: Longest derivation that is parsed on the event loop, some milliseconds.
+PARSE_HERE_BYTES = 256 * 1024
 #: How the exceptions of Nix's JSON library begin. All the JSON that Nix reads for a build comes from its recipe.
 JSON_EXCEPTION = "[json.exception."
 #: Longest phase name that is passed on; a builder may print anything as one.
@@ -93,6 +96,13 @@ def basic_derivation(derivation: bytes, inputs: Sequence[str]) -> BasicDerivatio
         args=parsed.args,
         env=parsed.env,
     )
+
+
+async def parsed(derivation: bytes, inputs: Sequence[str]) -> BasicDerivation:
+    """Parse the .drv's bytes, many in a thread. Raises `infra.nix.errors.FormatError`."""
+    if len(derivation) <= PARSE_HERE_BYTES:
+        return basic_derivation(derivation, inputs)
+    return await asyncio.to_thread(basic_derivation, derivation, inputs)
 
 
 def required_features(derivation: BasicDerivation) -> tuple[str, ...]:
@@ -186,14 +196,15 @@ async def build_in_slot(
     on_phase: Callable[[str, int], None],
     pause: Callable[[], Awaitable[object] | None],
     use: BuildUse,
-) -> BuildResult:
-    """Build and return the daemon's verdict; `use` gets what the build used, as far as the machine measures it.
+) -> BuildInOneGo:
+    """Build and return the daemon's verdict and what it knows of the outputs.
 
-    `pause` is called after each event; what it returns is awaited before the daemon is read on, so a builder that
-    prints faster than its log is taken away is slowed down. Cancelling hangs up, which kills the builder. A daemon
-    that is found gone before it took the request up (it died while the slot was idle) is replaced once. Raises
-    `ConnectionLostError` where the builder may have begun, else `infra.daemon.DaemonError` or
-    `DaemonUnreachableError`; where the recipe broke the connection, a `RecipeBrokeDaemonError`.
+    `use` gets what the build used, as far as the machine measures it. `pause` is called after each event; what it
+    returns is awaited before the daemon is read on, so a builder that prints faster than its log is taken away is
+    slowed down. Cancelling hangs up, which kills the builder. A daemon that is found gone before it took the request up
+    (it died while the slot was idle) is replaced once. Raises `ConnectionLostError` where the builder may have begun,
+    else `infra.daemon.DaemonError` or `DaemonUnreachableError`; where the recipe broke the connection, a
+    `RecipeBrokeDaemonError`.
     """
 
     def on_event(event: BuildEvent) -> Awaitable[object] | None:
@@ -207,14 +218,11 @@ async def build_in_slot(
                 pass
         return pause()
 
-    async def attempt() -> BuildResult:
+    async def attempt() -> BuildInOneGo:
         async with slot.use() as connection:
-            await slot.set_options(_options(limits, cores))
-            # They are rooted already, by a connection that may die before this one.
-            await slot.keep(derivation.inputs)
             try:
-                async with _bounded_memory(connection, use):
-                    result = await connection.build_derivation(drv_path, derivation, on_event)
+                with _bounded_memory(connection, use):
+                    built = await slot.build(drv_path, derivation, on_event, _options(limits, cores))
             except DaemonOperationError as error:
                 # A build that fails is a result. An error instead of one (say, a phase that Nix 2.8 cannot parse)
                 # is often the last thing that a daemon sends before it hangs up.
@@ -223,10 +231,10 @@ async def build_in_slot(
                     reading = UnreadableLogError if error.builder_ran else UnreadableRecipeError
                     raise reading(str(error)) from error
                 raise
-            _settle(use, connection.builders_use(), result)
+            _settle(use, connection.builders_use(), built.result)
             # Before another lease gets the slot: what its next build leaves to the owner is that build's.
             await connection.end_orphans()
-            return result
+            return built
 
     try:
         with _told_from_idle_loss():
@@ -249,29 +257,31 @@ def _settle(use: BuildUse, used: BuildersUse | None, result: BuildResult) -> Non
         use.cpu_s = (result.cpu_user_us + result.cpu_system_us) / 1e6
 
 
-@asynccontextmanager
-async def _bounded_memory(connection: DaemonConnection, use: BuildUse) -> AsyncIterator[None]:
+@contextmanager
+def _bounded_memory(connection: DaemonConnection, use: BuildUse) -> Iterator[None]:
     """Hang up where the daemon of a running builder takes more than `MAX_DAEMON_BYTES`. Raises `EndlessLineError`.
 
     Only the daemon sees a line without an end: it waits for the rest of it.
     The memory of the build's processes is looked at too, and bounded by nothing here.
     """
-    taken = 0
+    loop = asyncio.get_running_loop()
+    taken = looks = 0
+    timer: asyncio.TimerHandle
 
-    async def look() -> None:
-        nonlocal taken
-        now = looks = 0
-        while now <= MAX_DAEMON_BYTES:
-            # First of all: most builds of a large graph end before a line could take that much.
-            await asyncio.sleep(LOOK_EVERY_S)
-            now = connection.memory_of_building()
-            if looks % LOOKS_PER_PEAK == 0:
-                use.saw_memory(connection.memory_of_builders())
-            looks += 1
-        taken = now
-        connection.abort("the log takes too much memory")
+    def look() -> None:
+        nonlocal taken, looks, timer
+        now = connection.memory_of_building()
+        if looks % LOOKS_PER_PEAK == 0:
+            use.saw_memory(connection.memory_of_builders())
+        looks += 1
+        if now > MAX_DAEMON_BYTES:
+            taken = now
+            connection.abort("the log takes too much memory")
+        else:
+            timer = loop.call_later(LOOK_EVERY_S, look)
 
-    watch = asyncio.create_task(look(), name="watch over a daemon's memory")
+    # Most builds of a large graph end before the first look.
+    timer = loop.call_later(LOOK_EVERY_S, look)
     try:
         yield
     except DaemonError as error:
@@ -279,8 +289,7 @@ async def _bounded_memory(connection: DaemonConnection, use: BuildUse) -> AsyncI
             raise EndlessLineError(f"the daemon took {taken >> 20} MiB to hold it") from error
         raise
     finally:
-        watch.cancel()
-        await asyncio.wait((watch,))
+        timer.cancel()
 
 
 @contextmanager

@@ -8,11 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from infra.daemon import UNCONFINED, Confinement, ControlGroups, DaemonConnection, DaemonError, Options, open_stdio
+from infra.daemon import (
+    UNCONFINED,
+    BasicDerivation,
+    BuildEvent,
+    BuildInOneGo,
+    Confinement,
+    ControlGroups,
+    DaemonConnection,
+    DaemonError,
+    Options,
+    open_stdio,
+)
+from infra.daemon.connection import ROOTS_AT_ONCE
 from workers.errors import WorkerError
 
 #: What the daemon's process is given of this process's environment: enough to find Nix and its configuration, and
@@ -136,15 +148,44 @@ class DaemonSession:
             await self._open.connection.set_options(options)
             self._open.options = options
 
+    async def build(
+        self,
+        drv_path: str,
+        derivation: BasicDerivation,
+        on_event: Callable[[BuildEvent], Awaitable[object] | None],
+        options: Options,
+    ) -> BuildInOneGo:
+        """Build with these options in force and the inputs kept from collection. Only while the session is held."""
+        if self._open is None:
+            raise RuntimeError("builds run over a session that is held")
+        held, connection = self._open, self._open.connection
+        new = self._unkept(derivation.inputs)
+        if len(new) > ROOTS_AT_ONCE:
+            await self.keep(new)
+            new = []
+        built = await connection.build_in_one_go(
+            drv_path, derivation, on_event, options=None if held.options == options else options, roots=new
+        )
+        held.options = options
+        held.rooted.update(new)
+        held.rooted.difference_update(built.refused)
+        # They were kept by another connection meanwhile, which may die before this one.
+        await self.keep(built.refused)
+        return built
+
     async def keep(self, paths: Iterable[str]) -> None:
         """Keep paths from collection for as long as the connection lives. Only while the session is held."""
+        new = self._unkept(paths)
+        if self._open is not None and new:
+            await self._open.connection.add_temp_roots(new)
+            self._open.rooted.update(new)
+
+    def _unkept(self, paths: Iterable[str]) -> list[str]:
         if self._open is None:
             raise RuntimeError("paths are kept by a session that is held")
         if len(self._open.rooted) > MAX_REMEMBERED:
             self._open.rooted.clear()
-        new = sorted(set(paths) - self._open.rooted)
-        await self._open.connection.add_temp_roots(new)
-        self._open.rooted.update(new)
+        return sorted(set(paths) - self._open.rooted)
 
     async def hang_up(self) -> None:
         """Let the next user have a new connection: what the old one kept from collection is free. Waits its turn."""

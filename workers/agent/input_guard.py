@@ -34,13 +34,12 @@ import random
 import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from operator import attrgetter
 from pathlib import Path
-from typing import NoReturn
 
 from infra.daemon import DaemonError, DaemonOperationError, GcAction
 from infra.nar_files import dump
@@ -63,6 +62,8 @@ DEEP_ENTRIES = 2000
 MOST_ENTRIES = 500_000
 #: Bytes of NARs that one look reads of paths that are seen for the first time, where builds cannot write inputs.
 FIRST_BYTES = 8 * 1024 * 1024
+#: NARs together up to which a look is a matter of the event loop: some files, which a change of threads outweighs.
+HERE_BYTES = 32 * 1024
 #: Of so many looks before a build, one reads one path in full.
 SAMPLE_EVERY = 16
 #: Largest NAR that is read as a sample.
@@ -207,6 +208,13 @@ class InputGuard:
         self._vouched.update(outputs)
         self._spoilt.difference_update(outputs)
 
+    def knows(self, infos: Iterable[PathInfo]) -> None:
+        """Take the store's records of what a build has just made, which others may have for inputs."""
+        if len(self._records) >= MAX_KNOWN:
+            self._records.clear()
+        for info in infos:
+            self._records[info.store_path] = _looked_at(info)
+
     async def mend(self, sources: Callable[[], FarmSources | None]) -> None:
         """Fetch what is broken over what is there, again and again until all is well; for one caller at a time."""
         outage = Outage(_log, "it is tried again", over="inputs that changed are mended")
@@ -230,6 +238,8 @@ class InputGuard:
             upload = sources.upload(info, sources.nar(info))
             async with self._readers.use() as connection:
                 await connection.add_to_store_nar(upload, dont_check_sigs=True, repair=True)
+            # What the farm has may have been built elsewhere.
+            self._records.pop(path, None)
             self._known.pop(path, None)
             self._changes[path] += 1
             self._broken.discard(path)
@@ -272,8 +282,7 @@ class InputGuard:
                 raise _collected(path)
             if len(self._records) >= MAX_KNOWN:
                 self._records.clear()
-            # Only what is looked at: there may be MAX_KNOWN of them.
-            known = self._records[path] = replace(info, deriver="", sigs=(), ca="")
+            known = self._records[path] = _looked_at(info)
         return known
 
     async def _look(self, paths: Sequence[str], *, sample: bool) -> None:
@@ -285,8 +294,11 @@ class InputGuard:
         if not paths:
             return
         looks = self._plan([await self._record(path) for path in paths], sample=sample)
-        async with self._looking:
-            found = await asyncio.to_thread(_look_at, self._store, looks, self._looks, self._budget)
+        if sum(look.path.nar_size for look in looks) <= HERE_BYTES:
+            found = _look_at(self._store, looks, self._looks, self._budget)
+        else:
+            async with self._looking:
+                found = await asyncio.to_thread(_look_at, self._store, looks, self._looks, self._budget)
         self._looks += 1
         changed = []
         for path, (identity, verdict) in zip(paths, found, strict=True):
@@ -299,26 +311,34 @@ class InputGuard:
         if changed:
             await self._tell_apart(changed)
 
-    async def _tell_apart(self, changed: Sequence[str]) -> NoReturn:
-        """Raise what `_look` raises for paths that are not what they were."""
+    async def _tell_apart(self, changed: Sequence[str]) -> None:
+        """Raise what `_look` raises for paths that are not what they were.
+
+        One that was collected and came back, perhaps built elsewhere, is looked at anew by its new record.
+        """
         for path in changed:
             self._known.pop(path, None)
         try:
             async with self._readers.use() as connection:
-                held = await connection.query_valid_paths(changed)
+                found = {path: await connection.query_path_info(path) for path in changed}
         except BaseException:
             # Cancelled with its lease, or no answer: whatever became of them, they are fetched anew.
             self._broken.update(changed)
             raise
-        for path in changed:
-            if path in held:
-                self._broken.add(path)
-            else:
-                # What comes in its place may have another record.
-                self._records.pop(path, None)
-        if held:
-            raise InputChangedError(f"{min(held)} was changed in the worker's store")
-        raise _collected(changed[0])
+        held = {path: _looked_at(info) for path, info in found.items() if info is not None}
+        anew = {path: record for path, record in held.items() if record != self._records.get(path)}
+        broken = held.keys() - anew.keys()
+        collected = [path for path in changed if path not in held]
+        self._broken |= broken
+        for path in collected:
+            # What comes in its place may have another record.
+            self._records.pop(path, None)
+        self._records |= anew
+        if broken:
+            raise InputChangedError(f"{min(broken)} was changed in the worker's store")
+        if collected:
+            raise _collected(collected[0])
+        await self._look(list(anew), sample=False)
 
     @property
     def _budget(self) -> int:
@@ -339,6 +359,11 @@ class InputGuard:
             if looks[chosen].path.nar_size <= SAMPLE_BYTES:
                 looks[chosen] = replace(looks[chosen], read=True)
         return looks
+
+
+def _looked_at(info: PathInfo) -> PathInfo:
+    """Return what is looked at of a record: there may be MAX_KNOWN of them."""
+    return replace(info, deriver="", sigs=(), ca="")
 
 
 def _collected(path: str) -> InputCollectedError:

@@ -25,8 +25,8 @@ from workers.agent.build import (
     ConnectionLostError,
     LogGate,
     RecipeBrokeDaemonError,
-    basic_derivation,
     build_in_slot,
+    parsed,
     required_features,
 )
 from workers.agent.build_cores import BuildCores
@@ -61,8 +61,6 @@ REPORT_WITHIN_S = 0.015
 STAGE_WITHIN_S = 0.1
 #: Longest message of a failure that is sent, characters; the log has the rest.
 MAX_MESSAGE = 4000
-#: Longest derivation that is parsed on the event loop, some milliseconds.
-PARSE_HERE_BYTES = 256 * 1024
 
 _STAGES = {
     LeaseState.QUEUED: Stage.QUEUED,
@@ -334,17 +332,18 @@ class LeaseRunner:
         if sources is None:
             raise _Stopped(judge_trouble(Trouble.NOT_GREETED))
         try:
-            derivation = await _parsed(order)
+            derivation = await parsed(order.derivation, order.inputs)
         except NixError as error:
             raise _Stopped(judge_trouble(Trouble.DERIVATION_UNREADABLE, str(error))) from None
         try:
             await (self._follow(run, sources) if order.after else self._fetch(key, run, sources))
             self._machine.fetched(key, fetches=any(output.hash for output in derivation.outputs))
             self._advance()
-            await self._build(key, run, await run.slot, derivation)
+            known = await self._build(key, run, await run.slot, derivation)
             self._advance()
             self._tell_stage(key, Stage.UPLOADING)
-            return await self._upload(key, run, await self._built(derivation, order.limits.output_bytes), sources)
+            built = await self._built(derivation, known, order.limits.output_bytes)
+            return await self._upload(key, run, built, sources)
         except RecipeBrokeDaemonError as error:
             raise _Stopped(judge_trouble(error.trouble, str(error))) from None
         except InputError as error:
@@ -372,7 +371,8 @@ class LeaseRunner:
         That is valid, and the connection that built it keeps it until it is rooted here: the cache is not asked.
         """
         ahead = [self._runs.get((lease.step, lease.attempt)) for lease in run.order.after]
-        made = [output.path for each in ahead if each is not None for output in (await _parsed(each.order)).outputs]
+        orders = [each.order for each in ahead if each is not None]
+        made = [output.path for each in orders for output in (await parsed(each.derivation, each.inputs)).outputs]
         try:
             with run.record.span("inputs"):
                 await self._inputs.ensure(sorted({*run.order.inputs}.difference(made)), sources, run.record)
@@ -381,7 +381,8 @@ class LeaseRunner:
         except InputError as error:
             raise _Stopped(judge_trouble(Trouble.NOT_BUILT_HERE, str(error))) from None
 
-    async def _build(self, key: LeaseKey, run: _Run, slot: int, derivation: BasicDerivation) -> None:
+    async def _build(self, key: LeaseKey, run: _Run, slot: int, derivation: BasicDerivation) -> Mapping[str, PathInfo]:
+        """Build; return what the store knows of the outputs, by path, as far as it said so beside the verdict."""
         run.building_at = self._clock.now()
         self._tell_stage(key, Stage.BUILDING)
         gate = LogGate(run.order.limits.log_bytes, lambda data: self._outbox.log(key, data))
@@ -396,7 +397,7 @@ class LeaseRunner:
         cores = run.cores = self._build_cores.of(required_features(derivation), self._machine.running, run.order.cores)
         try:
             with run.record.span("build"):
-                result = await build_in_slot(
+                made = await build_in_slot(
                     self._slots[slot],
                     run.order.drv_path,
                     derivation,
@@ -422,14 +423,18 @@ class LeaseRunner:
         # Before it is judged: a build that failed may have failed by what it read.
         with self._ending_where_inputs_changed():
             await self._guard.end(watch, outputs, self._slots[slot])
+        result = made.result
         disk_was_full = self._health.was_full_since(run.building_at)
         ending = judge_status(result.status, result.error_msg.strip(), disk_was_full=disk_was_full)
         if ending is not None:
             if ending.reason in ("infrastructure", "input_missing"):
                 self._inputs.forget()
             raise _Stopped(ending)
+        # Before those that follow it look at it.
+        self._guard.knows(made.infos.values())
         for released in self._machine.built(key, run.built_at):
             self._runs[released].released.set()
+        return made.infos
 
     @contextmanager
     def _ending_where_inputs_changed(self) -> Iterator[None]:
@@ -454,10 +459,12 @@ class LeaseRunner:
         await self._guard.mend(self._sources)
         self._health.doubt()
 
-    async def _built(self, derivation: BasicDerivation, limit_bytes: int) -> dict[str, PathInfo]:
+    async def _built(
+        self, derivation: BasicDerivation, known: Mapping[str, PathInfo], limit_bytes: int
+    ) -> dict[str, PathInfo]:
         """Return what the store knows of the outputs, by name; `limit_bytes` of all together, 0 for any."""
-        infos = await self._outputs.infos([output.path for output in derivation.outputs])
-        size = sum(info.nar_size for info in infos.values())
+        infos = await self._outputs.infos([output.path for output in derivation.outputs], known)
+        size = sum(infos[output.path].nar_size for output in derivation.outputs)
         if limit_bytes and size > limit_bytes:
             detail = f"{size} bytes, and at most {limit_bytes} are allowed"
             raise _Stopped(judge_trouble(Trouble.OUTPUT_TOO_LARGE, detail))
@@ -485,13 +492,6 @@ class LeaseRunner:
     def _tell_stage(self, key: LeaseKey, stage: Stage, phase: str = "") -> None:
         change = StageChange(step=key[0], attempt=key[1], stage=stage, phase=phase, at=self._clock.now())
         self._outbox.stage(change, within_s=STAGE_WITHIN_S)
-
-
-async def _parsed(order: LeaseOrder) -> BasicDerivation:
-    """Parse the derivation, a long one in a thread. Raises `infra.nix.errors.FormatError`."""
-    if len(order.derivation) <= PARSE_HERE_BYTES:
-        return basic_derivation(order.derivation, order.inputs)
-    return await asyncio.to_thread(basic_derivation, order.derivation, order.inputs)
 
 
 def _in_trace(order: LeaseOrder) -> str:

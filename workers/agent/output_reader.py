@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from infra.daemon import DaemonConnection, DaemonGone
 from infra.nar_files import dump
@@ -29,6 +30,7 @@ from workers.agent.attempt_record import Moving
 from workers.agent.daemon_pool import SessionPool
 from workers.errors import WorkerError
 
+NOTHING_KNOWN: Mapping[str, PathInfo] = MappingProxyType({})
 #: Outputs that are read at one time, and connections that are there for it, so that slots are free for the next build.
 READERS = 2
 #: Largest NAR that is read without a change of threads: some files.
@@ -57,15 +59,19 @@ class OutputReader:
         self._store = store
         self._turns = asyncio.Semaphore(READERS)
 
-    async def infos(self, paths: Sequence[str]) -> dict[str, PathInfo]:
+    async def infos(self, paths: Sequence[str], known: Mapping[str, PathInfo] = NOTHING_KNOWN) -> dict[str, PathInfo]:
         """Return what the store knows of full paths; a reader whose daemon is gone is replaced once.
 
-        Raises `OutputError` for one that is not valid, `infra.daemon.DaemonError` or `DaemonUnreachableError`.
+        Those that are `known` are not asked for. Raises `OutputError` for one that is not valid,
+        `infra.daemon.DaemonError` or `DaemonUnreachableError`.
         """
+        asked = [path for path in paths if path not in known]
+        if not asked:
+            return {path: known[path] for path in paths}
         try:
-            return await self._infos(paths)
+            return {**known, **(await self._infos(asked))}
         except DaemonGone:
-            return await self._infos(paths)
+            return {**known, **(await self._infos(asked))}
 
     async def stored(
         self, info: PathInfo, store: ObjectStore, compression: Compression, moving: Moving, *, files: bool

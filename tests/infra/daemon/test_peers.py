@@ -185,7 +185,7 @@ async def test_a_peer_that_hangs_up_and_one_that_is_not_there_are_gone(socket_di
 
 
 async def test_a_peer_that_sends_nothing_is_given_up(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infra.daemon.connection.HANDSHAKE_S", 0.05)
+    monkeypatch.setattr("infra.daemon.conversation.HANDSHAKE_S", 0.05)
 
     async def script(peer: Peer) -> None:
         await peer.reader.read()
