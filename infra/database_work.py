@@ -114,9 +114,9 @@ async def answered(engine: AsyncEngine, ask: Ask) -> list[Any]:
         rows: list[Any] = yield ask
         return rows
 
+    if engine.dialect.name == _SQLITE.name:
+        return await in_one_trip(engine, lambda sqlite: in_thread(sqlite, work()))
     async with engine.connect() as connection:
-        if engine.dialect.name == _SQLITE.name:
-            return await in_one_trip(connection, lambda sqlite: in_thread(sqlite, work()))
         return await awaited(connection, work())
 
 

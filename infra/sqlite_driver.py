@@ -12,6 +12,7 @@ own cursor.
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from collections import deque
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from sqlalchemy.dialects.sqlite.aiosqlite import (
     AsyncAdapt_aiosqlite_dbapi,
 )
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util.concurrency import await_only
 
 _T = TypeVar("_T")
@@ -146,8 +147,8 @@ def _trips(connection: Any) -> _Trips:
     return found
 
 
-async def in_one_trip(connection: AsyncConnection, work: Callable[[sqlite3.Connection], _T]) -> _T:
-    """Do work with SQLite's own connection in its thread, in one trip; a transaction that it leaves is rolled back.
+async def in_one_trip(engine: AsyncEngine, work: Callable[[sqlite3.Connection], _T]) -> _T:
+    """Do work with one of the pool's connections in its thread, in one trip; a transaction that it leaves is undone.
 
     Raises:
         DBAPIError: SQLite failed, as for statements of SQLAlchemy.
@@ -160,12 +161,20 @@ async def in_one_trip(connection: AsyncConnection, work: Callable[[sqlite3.Conne
             if sqlite.in_transaction:
                 sqlite.rollback()
 
+    connection = await engine.connect()
     pooled: Any = connection.sync_connection
     try:
-        return await _trips(pooled.connection.driver_connection).trip(whole)
-    except sqlite3.Error as error:
-        # As SQLAlchemy does for its own calls. The parameters are no part of what people read.
-        raise DBAPIError.instance("", None, error, sqlite3.Error) from error
+        result = await _trips(pooled.connection.driver_connection).trip(whole)
+    except BaseException as error:
+        # What is cancelled again has to give it back too: the trip may be under way.
+        await asyncio.shield(asyncio.create_task(connection.close()))
+        if isinstance(error, sqlite3.Error):
+            # As SQLAlchemy does for its own calls. The parameters are no part of what people read.
+            raise DBAPIError.instance("", None, error, sqlite3.Error) from error
+        raise
+    # Nothing waits here, so nothing can be cancelled.
+    await connection.close()
+    return result
 
 
 def sqlite_driver() -> _SqliteModule:

@@ -32,5 +32,4 @@ async def store_single_frame(engine: AsyncEngine, frame: Mapping[str, Any], epoc
         sqlite.commit()
         return bool(stored)
 
-    async with engine.connect() as connection:
-        return await in_one_trip(connection, store)
+    return await in_one_trip(engine, store)

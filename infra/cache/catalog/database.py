@@ -308,10 +308,15 @@ async def writing(database: Database) -> AsyncIterator[AsyncConnection]:
 
 async def read_by(database: Database, work: Callable[[], Work[_T]], *, small: bool) -> _T:
     """Return what work that only reads gives; where it is `small`, in one trip to SQLite's thread."""
-    async with reading(database) as connection:
-        if small and connection.dialect.name == "sqlite":
-            return await in_one_trip(connection, lambda sqlite: in_thread(sqlite, work()))
-        return await awaited(connection, work())
+    if not small or database.engine.dialect.name != "sqlite":
+        async with reading(database) as connection:
+            return await awaited(connection, work())
+
+    def attempt() -> Awaitable[_T]:
+        return in_one_trip(database.engine, lambda sqlite: in_thread(sqlite, work()))
+
+    with database_errors():
+        return await _patiently(database, attempt, lambda: True)
 
 
 async def write_by(database: Database, work: Callable[[], Work[_T]], *, small: bool) -> _T:
@@ -332,14 +337,10 @@ async def write_by(database: Database, work: Callable[[], Work[_T]], *, small: b
         sqlite.commit()
         return result
 
-    async def attempt() -> _T:
-        async with database.engine.connect() as connection:
-            return await in_one_trip(connection, transaction)
-
     with database_errors():
         async with database.turn:
             # What breaks later is not repeated, as in `writing`.
-            return await _patiently(database, attempt, lambda: not begun)
+            return await _patiently(database, lambda: in_one_trip(database.engine, transaction), lambda: not begun)
 
 
 def _fenced(fence: FencingToken | None, work: Work[_T]) -> Work[_T]:
