@@ -250,7 +250,8 @@ class LeaseRunner:
         for action in self._machine.next_actions(now):
             run = self._runs[action.key]
             match action:
-                case Fetch(key=key):
+                # Not one that has just ended with what it followed, which was handed back.
+                case Fetch(key=key) if self._machine.state(key) is LeaseState.FETCHING:
                     run.task = self._group.create_task(self._run(key, run), name=f"lease {key[0]} {key[1]}")
                 case Build(slot=slot):
                     run.slot.set_result(slot)
