@@ -229,6 +229,10 @@ class Api:
         """Send the log of one attempt, following it while it runs if asked to."""
         row = self._views.step(request.match_info["key"])
         attempt = _attempt(request, row)
+        # The last lease of a doomed step may have followed what failed, and never begun.
+        doomed = row.state is StepStatus.DOOMED and "attempt" not in request.query
+        if doomed and await self._logs.file(row.key, attempt) is None:
+            raise NotFoundError(no_log(row))
         follow = request.query.get("follow", "") in ("1", "true")
         response = web.StreamResponse(
             headers={"Content-Type": "text/plain; charset=utf-8", "X-Content-Type-Options": "nosniff"}
