@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
+from typing import TypeVar
+
+_Piece = TypeVar("_Piece")
 
 
 async def gathered(pieces: AsyncIterator[bytes], size: int) -> AsyncGenerator[bytes, None]:
@@ -25,11 +28,11 @@ async def gathered(pieces: AsyncIterator[bytes], size: int) -> AsyncGenerator[by
         yield b"".join(parts)
 
 
-async def one_ahead(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    """Yield pieces, the next being gathered while one is sent: two are in memory."""
+async def one_ahead(pieces: AsyncIterator[_Piece]) -> AsyncGenerator[_Piece, None]:
+    """Yield pieces, the next being gathered while one is used: two are in memory."""
     work = asyncio.ensure_future(_next(pieces))
     try:
-        while piece := await work:
+        while (piece := await work) is not None:
             work = asyncio.ensure_future(_next(pieces))
             yield piece
     finally:
@@ -39,5 +42,5 @@ async def one_ahead(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]
             work.exception()
 
 
-async def _next(pieces: AsyncIterator[bytes]) -> bytes:
-    return await anext(pieces, b"")
+async def _next(pieces: AsyncIterator[_Piece]) -> _Piece | None:
+    return await anext(pieces, None)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterable, AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -37,6 +37,8 @@ MAX_PROOFS: Final = 16
 UNPACKING: Final = 4
 #: Slots whose running hash is kept; the hash of another is computed again from its file.
 MAX_HASHES: Final = 1024
+#: Chunks of a block that are kept as they came; more are joined, since a sender may send bytes one by one.
+MAX_GROUP: Final = 64
 
 
 @dataclass(slots=True)
@@ -87,18 +89,19 @@ class RelayStaging:
             self._make_room()
             running.nar = unpacked()
         # The next block is received while one is unpacked.
-        async with aclosing(one_ahead(blocks(data))) as arriving:
-            async for block in arriving:
-                if running.size + len(block) > most_bytes:
+        async with aclosing(one_ahead(_groups(data))) as arriving:
+            async for group in arriving:
+                size = sum(map(len, group))
+                if running.size + size > most_bytes:
                     raise BadUploadError("the object is larger than its NAR can become")
                 if running.nar is not None:
                     # A small block may unpack to a large part of a NAR.
                     async with self._unpacking:
-                        await asyncio.to_thread(_write, file, running, block)
-                elif len(block) < BLOCK_BYTES // 4:
-                    _write(file, running, block)
+                        await asyncio.to_thread(_write, file, running, group)
+                elif size < BLOCK_BYTES // 4:
+                    _write(file, running, group)
                 else:
-                    await asyncio.to_thread(_write, file, running, block)
+                    await asyncio.to_thread(_write, file, running, group)
         return running.size
 
     def _make_room(self) -> None:
@@ -173,16 +176,19 @@ class RelayStaging:
         return running
 
 
-def _write(file: Path, running: _Running, block: bytes) -> None:
+def _write(file: Path, running: _Running, group: Sequence[bytes]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            written = 0
-            while written < len(block):
-                written += os.pwrite(descriptor, memoryview(block)[written:], running.size + written)
+            at = running.size
+            for chunk in group:
+                rest = memoryview(chunk)
+                while rest:
+                    written = os.pwrite(descriptor, rest, at)
+                    rest, at = rest[written:], at + written
         except OSError:
-            # A block is there whole or not at all: the hash counts whole blocks.
+            # A group is there whole or not at all: the hash counts whole groups.
             os.ftruncate(descriptor, running.size)
             raise
         finally:
@@ -191,12 +197,13 @@ def _write(file: Path, running: _Running, block: bytes) -> None:
         if says_full(error):
             raise StoreFullError(f"cannot take the object: {FULL}") from None
         raise ObjectStoreError(f"cannot write what is uploaded: {error.strerror}") from error
-    running.hash.update(block)
-    running.size += len(block)
     # The event loop may drop it meanwhile.
     nar = running.nar
-    if nar is not None:
-        nar.feed(block)
+    for chunk in group:
+        running.hash.update(chunk)
+        running.size += len(chunk)
+        if nar is not None:
+            nar.feed(chunk)
 
 
 def _size(file: Path) -> int:
@@ -217,22 +224,29 @@ def _hash_file(file: Path) -> _Running:
 
 async def blocks(data: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
     """Gather what arrives into blocks of about BLOCK_BYTES; where it breaks off, what came before is given first."""
+    async for group in _groups(data):
+        yield b"".join(group)
+
+
+async def _groups(data: AsyncIterable[bytes]) -> AsyncIterator[Sequence[bytes]]:
+    """Do the same without making one of them: each copy of a block is new memory, a quarter of what receiving takes."""
     gathered: list[bytes] = []
     size = 0
     try:
         async for chunk in data:
             gathered.append(chunk)
             size += len(chunk)
+            if len(gathered) >= MAX_GROUP:
+                gathered = [b"".join(gathered)]
             if size >= BLOCK_BYTES:
-                block = b"".join(gathered)
-                gathered, size = [], 0
-                yield block
+                group, gathered, size = gathered, [], 0
+                yield group
     except ConnectionError:
         if gathered:
-            yield b"".join(gathered)
+            yield gathered
         raise
     if gathered:
-        yield b"".join(gathered)
+        yield gathered
 
 
 async def _read_file(file: Path) -> AsyncIterator[bytes]:
