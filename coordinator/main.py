@@ -11,6 +11,7 @@ the engine last, because the others wait for it.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -38,11 +39,14 @@ from coordinator.wiring.work import connect_workers
 from infra.cache.cache import Cache
 from infra.clock import Clock, SystemClock
 from infra.collector import long_collections_kept_rare
+from infra.compiled import finder
 from infra.thread_switches import switching_often
 from workers.wire.fleet import Fleet
 from workers.wire.messages import FarmInfo
 
 FleetFactory = Callable[[FarmInfo], AbstractAsyncContextManager[Fleet]]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,8 @@ async def open_coordinator(
     one of these where a part of it fails later (the block is then cancelled).
     """
     clock = clock or SystemClock()
+    if stale := finder.fault():
+        _log.warning("%s", stale)
     async with AsyncExitStack() as stack:
         stack.enter_context(switching_often())
         stack.enter_context(long_collections_kept_rare())

@@ -121,6 +121,9 @@ TURN: Final = Metric(
     ("part",),
     "s",
 )
+SCHEDULER_COMPILED: Final = Metric(
+    "drover_scheduler_compiled", "gauge", "1 where the scheduler runs compiled (`./run compile`), 0 where from source."
+)
 TURN_EVENTS: Final = Metric("drover_engine_events", "counter", "Events that the core took in.")
 JOURNAL_FACTS: Final = Metric("drover_journal_facts", "counter", "Facts that were written to the journal.")
 FAILED_ATTEMPTS: Final = Metric(
@@ -259,6 +262,7 @@ METRICS: Final[tuple[Metric, ...]] = (
     TIMINGS_DROPPED,
     *WORKER_VITALS,
     TURN,
+    SCHEDULER_COMPILED,
     TURN_EVENTS,
     JOURNAL_FACTS,
     STATE_DISK_FREE,

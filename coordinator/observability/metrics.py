@@ -26,6 +26,7 @@ from coordinator.readmodel.capacity import Capacity
 from coordinator.readmodel.views import Views
 from infra.cache.cache import Cache
 from infra.cache.counters import CacheCounters
+from infra.compiled.finder import is_compiled
 from infra.loop_watch import LoopWatch
 from infra.telemetry import Labels, Observe, Telemetry
 from scheduler.failures import CONSEQUENCES
@@ -110,6 +111,7 @@ def add_capacity_metrics(telemetry: Telemetry, capacity: Capacity) -> None:
 
 def add_engine_metrics(telemetry: Telemetry, meter: EngineMeter, state_dir: Path) -> None:
     """Show what the engine does, and the room on the disk that its state is on."""
+    telemetry.show(table.SCHEDULER_COMPILED, lambda: [(float(is_compiled()), {})])
     telemetry.show(table.TURN_EVENTS, lambda: [(meter.events, {})])
     telemetry.show(table.JOURNAL_FACTS, lambda: [(meter.durable_facts, {})])
     telemetry.show(table.FAILED_ATTEMPTS, lambda: _failures(meter))

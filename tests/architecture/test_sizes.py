@@ -19,6 +19,8 @@ LONG_FUNCTIONS = {
 }
 #: Modules that no other module imports, and who does.
 USED_FROM_ELSEWHERE = {
+    "infra.compiled.build": "./run compile",
+    "infra.compiled.extension": "python -m of infra.compiled.build",
     "infra.cache.catalog.migrations.env": "alembic",
     "infra.cache.catalog.migrations.versions.v0001_baseline": "alembic",
     "infra.cache.catalog.migrations.versions.v0002_reign": "alembic",

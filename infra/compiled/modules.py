@@ -1,0 +1,22 @@
+"""Modules that may run compiled, and the sources that a build of them is made of.
+
+Those of the scheduler without dataclasses: mypyc makes of a dataclass with inherited defaults one that cannot be
+imported. All of them are pure and work on the event loop between pauses. What works in threads is not among them:
+compiled code keeps the interpreter's lock for as long as it calls nothing but compiled code.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: Compiled into one shared library, so that they call each other directly.
+MODULES: Final = tuple(
+    f"scheduler.{name}"
+    for name in (
+        *("admission", "builder_rules", "builders", "deadlines", "decide", "ended_leases", "farm", "forsaken"),
+        *("grants", "graph", "locality", "moves", "opening", "pauses", "placement", "positions", "react", "ready"),
+        *("records", "references", "resource_limits", "shares", "state", "step_rules", "transitions", "wanted"),
+    )
+)
+#: Package whose sources say whether a build is fresh: constants and types of all of its modules are compiled in.
+PACKAGE: Final = "scheduler"
