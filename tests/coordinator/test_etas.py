@@ -92,7 +92,8 @@ async def test_a_submission_says_what_bounds_its_end_and_in_the_end_what_has(
         assert (eta.steps, eta.unknown) in {(4, 0), (3, 0)}
         found = await farm.client.eta(sub.id)
         assert [(step.name, step.state) for step in found.to_come.steps] == [
-            ("low-2", "running"), ("middle-2", "waiting"), ("top-2", "waiting"),
+            # The second has its lease, and follows the first.
+            ("low-2", "running"), ("middle-2", "running"), ("top-2", "waiting"),
         ]  # fmt: skip
         assert [load.slots for load in found.loads] == [2]
         sentence = "bounded by the critical path of 3 steps through low-2"
