@@ -60,8 +60,8 @@ async def site(place: Settings) -> AsyncIterator[Site]:
 async def test_of_many_small_paths_in_packs_the_good_ones_are_published_and_a_bad_one_is_named(
     site: Site, place: Settings
 ) -> None:
-    # More than one pack, where objects cost little.
-    goods = [thing(f"good-{number}") for number in range(40 if place.object_store_url else PACK_PATHS + 50)]
+    # Several packs, where objects cost little.
+    goods = [thing(f"good-{number}") for number in range(40 if place.object_store_url else 1_999)]
     bad = thing("bad")
     top = thing("top", references=[bad])
     ours = {each.claim.path: each for each in (*goods, replace(bad, nar=b"other bits"), top)}
