@@ -223,7 +223,10 @@ class Etas:
             return Outlook(holders, kind, rest_of(expected, self._pace(kind).mean, None)[0])
         holder = self._farm.state.builders.get(step.builder)
         speed = 1.0 if holder is None else holder.speed(kind.system)
-        rest, overdue = rest_of(expected, speed, max(0.0, now - row.life.started_at))
+        # One that follows another at its builder began, or begins, after its lease.
+        follows = holder is not None and step.key in holder.followers
+        began_at = now if follows else max(row.life.started_at, step.asked_at)
+        rest, overdue = rest_of(expected, speed, max(0.0, now - began_at))
         return Outlook(holders, kind, rest, overdue)
 
     def _pace(self, kind: Requirements) -> BuildPace:

@@ -16,15 +16,17 @@ from coordinator.cli.eta import eta as print_eta
 from coordinator.cli.eta import eta_lines, rate
 from coordinator.cli.rendering import duration, eta_sentence
 from coordinator.readmodel import etas as etas_module
+from coordinator.readmodel.estimate import Expected
 from coordinator.readmodel.etas import WANTED, Etas
 from coordinator.readmodel.rows import SubmissionRow
 from coordinator.readmodel.throughput import HOUR, Throughput, counting
 from coordinator.stores.timings import TimingsError
 from infra.clock import SystemClock
-from scheduler.model import SubmissionId
+from scheduler.events import BuildSucceeded
+from scheduler.model import StepKey, StepState, SubmissionId
 from scheduler.pauses import Pause, whole
 from tests.coordinator.conftest import OpenedFarm, OpenFarm
-from tests.coordinator.test_views import DrivenViews, spec, submission
+from tests.coordinator.test_views import DrivenViews, evidence, spec, submission
 from tests.support.patience import PATIENCE_S
 from tests.support.screens import NOW
 
@@ -236,6 +238,35 @@ async def test_what_nobody_watches_is_not_worked_out_anew_before_somebody_asks(
     with driven.views.watch(row, lambda: None):
         await look_until(lambda: passes > asked_for + 5)
     running.cancel()
+
+
+async def test_what_follows_a_build_is_foreseen_to_begin_after_it(driven: DrivenViews) -> None:
+    class Hundred:
+        answers = 0
+
+        def expected(self, *_: str) -> Expected:
+            return Expected(100.0, 100.0)
+
+    driven.tell(submission("s", "top", spec("top", "low"), spec("low")))
+    driven.join(takes_successors=True)
+    clock = Moved()
+    etas = Etas(driven.views, driven.farm, Hundred(), clock)
+    row = driven.views.submission("s")
+    low, top = (driven.farm.state.steps[StepKey(key)] for key in ("low", "top"))
+
+    async def left_s(after_s: float) -> float:
+        clock.at = driven.now + after_s
+        whole(etas.working_out([row]))
+        eta = etas.of(row)
+        assert eta is not None
+        return eta.sooner_at - clock.at
+
+    assert (low.state, top.state) == (StepState.LEASED, StepState.LEASED)
+    await etas.wait_for([row], 0)
+    assert await left_s(60) == pytest.approx(140, abs=1)
+    driven.now += 100
+    driven.tell(BuildSucceeded(low.lease, low.builder, evidence("low")))
+    assert await left_s(30) == pytest.approx(70, abs=1)
 
 
 class Nothing:

@@ -118,8 +118,8 @@ class DrivenViews:
         self.effects.extend(effects)
         return facts
 
-    def join(self, name: str = "b", slots: int = 2) -> None:
-        builder = BuilderSpec(BuilderId(name), "1", frozenset({"sys"}))
+    def join(self, name: str = "b", slots: int = 2, *, takes_successors: bool = False) -> None:
+        builder = BuilderSpec(BuilderId(name), "1", frozenset({"sys"}), takes_successors=takes_successors)
         self.tell(BuilderJoined(builder, slots))
 
     def publish(self, key: str) -> None:
