@@ -1,10 +1,13 @@
-"""Effects: commands to the shell, in the imperative. Every effect ends in exactly one event and may be run twice."""
+"""Effects: commands to the shell, in the imperative. Every effect ends in exactly one event and may be run twice.
+
+But for `FetchAhead`, which is a hint: it ends in no event, and may be lost.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scheduler.model import BuilderId, LeaseId
+from scheduler.model import BuilderId, LeaseId, StepKey
 from scheduler.values import quick
 
 
@@ -38,4 +41,14 @@ class PublishOutputs:
     evidence: bytes
 
 
-Effect = StartBuild | CancelBuild | PublishOutputs
+@quick
+@dataclass(frozen=True, slots=True)
+class FetchAhead:
+    """Let the builder fetch the inputs of a step that it should have next, while its slots build."""
+
+    step: StepKey
+    recipe: int
+    builder: BuilderId
+
+
+Effect = StartBuild | CancelBuild | PublishOutputs | FetchAhead

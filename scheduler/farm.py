@@ -87,6 +87,8 @@ class Farm:
                 yield from self.state.ready.sweeping()
                 self._sweeps = False
             yield from self._take(decider.grants.grant(now), now, facts, effects)
+            if now >= decider.grants.ahead.look_at:
+                yield from decider.grants.ahead.look(now, effects)
         # Those that were computed at a pause are of a state that is gone.
         self._queue_positions.forget()
         return facts, effects

@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator, Mapping
 from itertools import islice
 
 from scheduler import facts as f
+from scheduler.fetching_ahead import FetchingAhead
 from scheduler.locality import fetches_of
 from scheduler.model import FAR_OFF, BuilderId, Instant, LeaseId
 from scheduler.moves import Moves
@@ -22,7 +23,7 @@ from scheduler.succession import SuccessionRules
 class Grants:
     """The decisions about leases. Holds when to look again, and what was computed of builders."""
 
-    __slots__ = ("_moves", "_policy", "_rooms", "_state", "_succession", "look_again")
+    __slots__ = ("_moves", "_policy", "_rooms", "_state", "_succession", "ahead", "look_again")
 
     def __init__(self, state: FarmState, policy: Policy) -> None:
         self._state = state
@@ -30,6 +31,8 @@ class Grants:
         self._rooms = Rooms()
         self._moves = Moves()
         self._succession = SuccessionRules(state)
+        #: The inputs of what is granted next.
+        self.ahead = FetchingAhead(state, self._rooms)
         #: When a wait for a faster builder, or a build that may move to one, has to be looked at; `FAR_OFF` for never.
         self.look_again = FAR_OFF
 
@@ -85,11 +88,21 @@ class Grants:
             elif len(fitting) > 1 and (fetches := fetches_of(step)) is not None:
                 fitting = nearest(fitting, fetches)
             builder = self._policy.place(step, fitting) if len(fitting) > 1 else fitting[0]
+            if self.ahead.given:
+                step = self._or_fetched(step, builder, best, placement, now)
             yield f.StepLeased(LeaseId(step.key, self._state.next_attempt(step)), builder.id, step.active, now)
             if builder.id not in free:
                 _drop(builder, able_of)
             if not best.lanes:
                 del queues[best]
+
+    def _or_fetched(self, step: Step, builder: Builder, queue: Queue, placement: Placement, now: Instant) -> Step:
+        """Return the step that the builder has fetched for, where it may begin instead of the one in turn."""
+        fetched = self.ahead.instead_of(step, builder, now)
+        if fetched is step or not queue.speeds:
+            return fetched
+        may = fetched not in placement.holds and placement.choose(fetched, queue, [builder])
+        return fetched if may else step
 
     def _earliest(
         self, queue: Queue, able: list[Builder], placement: Placement, now: Instant

@@ -134,7 +134,7 @@ class Placement:
             return None
         now, held, asked = self._now, step.held, asked_of(step, queue)
         if held is None or held.memory_bytes != asked or now >= held.until or not _serves(queue, held.builder):
-            large = (each for each in queue.builders.values() if each.willing and _machine_has(each, asked))
+            large = (each for each in queue.builders.values() if each.willing and machine_has(each, asked))
             found = min(((memory_at(each, asked, now), each.id) for each in islice(large, COMPARED)), default=None)
             if found is None:
                 return None
@@ -176,7 +176,7 @@ class Placement:
             speed = queue.speeds[builder.id]
             if speed <= best or now + work_s / speed >= end:
                 break
-            if not _machine_has(builder, asked):
+            if not machine_has(builder, asked):
                 continue
             # One that offers less than it holds (pressure, probation) has no room by the first that ends.
             before = max(0, -builder.free) + self._counted.get(builder.id, 0)
@@ -209,7 +209,8 @@ def _outlasts(step: Step, queue: Queue, speed: float) -> bool:
     return path_ms * queue.power > queue.ready_ms
 
 
-def _machine_has(builder: Builder, bytes_: int) -> bool:
+def machine_has(builder: Builder, bytes_: int) -> bool:
+    """Return whether a builder's machine has so much memory in all; one of which it is not known has."""
     return builder.spec is None or not builder.spec.memory_bytes or builder.spec.memory_bytes >= bytes_
 
 

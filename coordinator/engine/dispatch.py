@@ -6,7 +6,8 @@ Rules:
 2. Effects for one worker go out in order, batched: a start and its cancel never overtake each other.
 3. A start that does not get through is no event. The worker's next heartbeat lacks the lease and the core sends it
    again; the loss of the worker frees it. So nothing is built twice because an answer was lost.
-4. A call to a worker carries at most `START_BYTES`, or one larger order alone; calls with large orders share
+4. A hint to fetch ahead goes behind all else to a worker that takes hints, the newest only; lost ones are not missed.
+5. A call to a worker carries at most `START_BYTES`, or one larger order alone; calls with large orders share
    `SENDING_BYTES` of memory, workers by turns. A derivation may have 64 MiB, and a worker hundreds of leases.
 """
 
@@ -27,12 +28,12 @@ from coordinator.stores.derivations import BuildOrder, DerivationsError, Derivat
 from infra.byte_budget import ByteBudget
 from infra.cache.cache import Cache
 from infra.clock import Clock, SystemClock
-from scheduler.effects import CancelBuild, Effect, PublishOutputs, StartBuild
+from scheduler.effects import CancelBuild, Effect, FetchAhead, PublishOutputs, StartBuild
 from scheduler.events import BuildFailed
 from scheduler.model import Failure, FailureKind, LeaseId, StepKey
 from scheduler.resource_limits import ResourceLimits
 from workers.wire.fleet import Fleet, FleetError
-from workers.wire.messages import BuildLimits, Lease, LeaseOrder
+from workers.wire.messages import BuildLimits, InputHint, Lease, LeaseOrder
 from workers.wire.polling import DERIVATION_BYTES_PER_CALL
 
 #: Effects for one worker that are carried out together.
@@ -69,6 +70,7 @@ class _WorkerQueue:
     """Effects that one worker has not yet received, in order."""
 
     waiting: deque[StartBuild | CancelBuild] = field(default_factory=deque)
+    hint: FetchAhead | None = None
     filled: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -87,6 +89,7 @@ class Dispatch:
         upload_token: UploadToken = no_upload_token,
         traceparent: Traceparent = lambda _lease: "",
         cores_of: CoresOf = lambda _worker, _step: 0,
+        takes_hints: Callable[[str], bool] = lambda _worker: False,
         clock: Clock | None = None,
         timed: Timed = lambda _lease, _began, _verified, _ended: None,
         awaited: Awaited = always_awaited,
@@ -99,6 +102,7 @@ class Dispatch:
         self._upload_token = upload_token
         self._traceparent = traceparent
         self._cores_of = cores_of
+        self._takes_hints = takes_hints
         #: Memory for large orders on their way, of all workers together.
         self.budget = ByteBudget(SENDING_BYTES)
         self._worker_queues: dict[str, _WorkerQueue] = {}
@@ -118,11 +122,16 @@ class Dispatch:
             if isinstance(effect, PublishOutputs):
                 self._publications.submit(effect)
                 continue
+            if isinstance(effect, FetchAhead) and not self._takes_hints(effect.builder):
+                continue
             queue = self._worker_queues.get(effect.builder)
             if queue is None:
                 queue = self._worker_queues[effect.builder] = _WorkerQueue()
                 self._new_queues.put_nowait(effect.builder)
-            queue.waiting.append(effect)
+            if isinstance(effect, FetchAhead):
+                queue.hint = effect
+            else:
+                queue.waiting.append(effect)
             queue.filled.set()
 
     async def room(self) -> None:
@@ -143,7 +152,9 @@ class Dispatch:
         while True:
             await queue.filled.wait()
             batch = [queue.waiting.popleft() for _ in range(min(START_BATCH, len(queue.waiting)))]
+            hint = None
             if not queue.waiting:
+                hint, queue.hint = queue.hint, None
                 queue.filled.clear()
             # Every start before every cancel keeps their order: an attempt is never started after its cancel.
             cancels = [effect.lease for effect in batch if isinstance(effect, CancelBuild)]
@@ -155,8 +166,21 @@ class Dispatch:
                 if cancels:
                     leases = [Lease(step=lease.step, attempt=lease.attempt) for lease in cancels]
                     await self._fleet.cancel(worker, leases)
+                if hint is not None:
+                    await self._let_fetch_ahead(worker, hint)
             except FleetError as error:
                 _log.warning("worker %s was not reached: %s", worker, error)
+
+    async def _let_fetch_ahead(self, worker: str, hint: FetchAhead) -> None:
+        """Send a hint whose derivation is small, as nearly all are: the others are not worth their memory."""
+        recipe = hint.step, hint.recipe
+        try:
+            _, small = await self._derivations.order_sizes([recipe])
+        except DerivationsError as error:
+            _log.debug("worker %s is not let fetch inputs of %s ahead: %s", worker, hint.step, error)
+            return
+        if recipe in small:
+            await self._fleet.fetch_ahead(worker, InputHint(step=hint.step, inputs=small[recipe].inputs))
 
     async def _start(self, worker: str, starts: Sequence[StartBuild]) -> None:
         try:

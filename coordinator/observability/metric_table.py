@@ -151,6 +151,12 @@ BUILDER_PHASE: Final = Metric(
     ("phase",),
     "s",
 )
+HELPED_ATTEMPTS: Final = Metric(
+    "drover_helped_attempts",
+    "counter",
+    "Attempts of which inputs were in the worker's store before the lease came, because it fetched them ahead.",
+)
+FETCHED_AHEAD: Final = Metric("drover_fetched_ahead", "counter", "Bytes of these inputs, unpacked.", unit="By")
 CLIENT_STAGE: Final = Metric(
     "drover_client_stage",
     "histogram",
@@ -247,6 +253,8 @@ METRICS: Final[tuple[Metric, ...]] = (
     FAILED_ATTEMPTS,
     ATTEMPT,
     BUILDER_PHASE,
+    HELPED_ATTEMPTS,
+    FETCHED_AHEAD,
     CLIENT_STAGE,
     SUBMITTED_DERIVATIONS,
     TROUBLES,

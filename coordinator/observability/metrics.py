@@ -124,6 +124,8 @@ def add_time_metrics(telemetry: Telemetry, attempts: AttemptMeter, clients: Clie
     """Show where the time of attempts went, and of clients before they submitted."""
     telemetry.show_durations(table.ATTEMPT, attempts.phases)
     telemetry.show_durations(table.BUILDER_PHASE, attempts.builder_phases)
+    telemetry.show(table.HELPED_ATTEMPTS, lambda: [(attempts.helped, {})])
+    telemetry.show(table.FETCHED_AHEAD, lambda: [(attempts.ahead_bytes, {})])
     telemetry.show_durations(table.CLIENT_STAGE, clients.stages)
     telemetry.show(table.SUBMITTED_DERIVATIONS, lambda: [(clients.derivations, {})])
 

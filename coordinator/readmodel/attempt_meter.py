@@ -29,11 +29,16 @@ OTHER: Final = "other"
 
 
 class AttemptMeter:
-    """Histograms by phase; each is there from the start, so that a first duration shows as an increase."""
+    """Histograms by phase, and what was fetched ahead.
+
+    Each histogram is there from the start, so that a first duration shows as an increase.
+    """
 
     def __init__(self) -> None:
         self.phases = {phase: Histogram() for phase in PHASES}
         self.builder_phases = {phase: Histogram() for phase in (*STANDARD_PHASES, OTHER)}
+        #: Attempts of which inputs had come ahead of the lease, and the bytes of these.
+        self.helped = self.ahead_bytes = 0
 
     def spent(self, phase: str, seconds: float) -> None:
         """Count a stretch of an attempt; one that is none of `PHASES` is left out."""
@@ -44,3 +49,9 @@ class AttemptMeter:
     def built(self, phase: str, seconds: float) -> None:
         """Count a phase that a builder announced."""
         self.builder_phases.get(phase, self.builder_phases[OTHER]).add(seconds)
+
+    def came_ahead(self, bytes_: int) -> None:
+        """Count the inputs of one attempt that had come ahead of its lease."""
+        if bytes_ > 0:
+            self.helped += 1
+            self.ahead_bytes += bytes_

@@ -156,6 +156,7 @@ class Timelines:
             _complete(timing, report.measures, lambda at, took: _within(here(at), took, lowest, now))
             if first:
                 self._count(timing)
+                self.meter.came_ahead(_bytes(report.measures.ahead_bytes) or 0)
         self._note(timing)
 
     def stage(self, worker: str, change: StageChange, now: float, here: Here, *, isolation: str = "") -> None:

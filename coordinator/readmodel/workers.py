@@ -128,6 +128,11 @@ class Workforce:
         row = self._rows.get(worker)
         return row is not None and row.hello.takes_cores
 
+    def takes_hints(self, worker: str) -> bool:
+        """Return whether a worker that is known fetches inputs ahead of their lease when it is let."""
+        row = self._rows.get(worker)
+        return row is not None and row.hello.takes_hints
+
     def emulating(self) -> list[tuple[str, str]]:
         """Return (worker, system) of all systems that a worker has only by emulation."""
         return [(name, system) for name, row in self._rows.items() for system in row.hello.emulated]

@@ -75,6 +75,7 @@ def connect_workers(settings: Settings, clock: Clock, stores: Stores, core: Core
         upload_token=tokens.for_lease(clock),
         traceparent=lambda lease: _traceparent(views, lease),
         cores_of=partial(_cores_of, core),
+        takes_hints=views.workforce.takes_hints,
         clock=clock,
         timed=published,
         awaited=lambda step: bool(core.farm.above(step, 1)),

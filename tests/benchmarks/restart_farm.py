@@ -54,6 +54,7 @@ from workers.wire.messages import (
     Batch,
     HeldLease,
     Hello,
+    InputHint,
     Lease,
     LeaseOrder,
     Output,
@@ -162,6 +163,9 @@ class StandIn:
             self._held.pop(lease.step, None)
 
     async def drain(self, worker: str, *, on: bool) -> None:
+        """See `Fleet`."""
+
+    async def fetch_ahead(self, worker: str, hint: InputHint) -> None:
         """See `Fleet`."""
 
     async def provide(self, worker: str, paths: Sequence[str], token: str) -> tuple[Output, ...]:  # noqa: ARG002

@@ -11,15 +11,15 @@ import pytest
 
 from coordinator.engine.dispatch import SENDING_BYTES, SENDING_COST, START_BYTES, Dispatch
 from coordinator.stores.derivation_records import Kind, NewDerivation, Node
-from coordinator.stores.derivations import DerivationStore
-from scheduler.effects import StartBuild
+from coordinator.stores.derivations import SMALL_ORDERS_BYTES, DerivationStore
+from scheduler.effects import FetchAhead, StartBuild
 from scheduler.events import Event
 from scheduler.model import BuilderId, LeaseId, StepKey
 from scheduler.resource_limits import ResourceLimits
 from tests.support.cache import open_cache
 from tests.support.patience import PATIENCE_S
 from workers.wire.fleet import Sink
-from workers.wire.messages import Lease, LeaseOrder, Output
+from workers.wire.messages import InputHint, Lease, LeaseOrder, Output
 
 MIB = 1024 * 1024
 
@@ -31,6 +31,8 @@ class NotingFleet:
         self.trouble = ""
         self.calls: list[tuple[str, list[int], int]] = []
         self.held: list[int] = []
+        #: Hints, each with the number of calls before it.
+        self.hints: list[tuple[str, InputHint, int]] = []
         self.dispatch: Dispatch | None = None
         self.called = asyncio.Event()
 
@@ -50,6 +52,10 @@ class NotingFleet:
 
     async def drain(self, worker: str, *, on: bool) -> None:
         raise NotImplementedError(worker, on)
+
+    async def fetch_ahead(self, worker: str, hint: InputHint) -> None:
+        self.hints.append((worker, hint, len(self.calls)))
+        self.called.set()
 
     async def provide(self, worker: str, paths: Sequence[str], token: str) -> tuple[Output, ...]:
         raise NotImplementedError(worker, paths, token)
@@ -95,7 +101,7 @@ async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
             raise AssertionError(events)
 
         fleet = NotingFleet()
-        fleet.dispatch = Dispatch(fleet, cache, derivations, lambda _: ResourceLimits(), post)
+        fleet.dispatch = Dispatch(fleet, cache, derivations, lambda _: ResourceLimits(), post, takes_hints="w".__eq__)
         running = asyncio.ensure_future(fleet.dispatch.run())
         try:
             yield Desk(fleet.dispatch, derivations, fleet)
@@ -129,3 +135,23 @@ async def test_large_orders_of_all_workers_share_memory_and_small_ones_do_not_wa
     await desk.sent(9)
     assert size * SENDING_COST <= max(desk.fleet.held) <= SENDING_BYTES
     assert desk.dispatch.budget.peak <= SENDING_BYTES
+
+
+async def test_the_newest_hint_goes_behind_the_starts_and_only_to_a_worker_that_takes_hints(desk: Desk) -> None:
+    await desk.add("small", 1000)
+    await desk.add("huge", SMALL_ORDERS_BYTES + 1)
+    for worker in ("older", "w"):
+        hints = [FetchAhead(StepKey(step), 0, BuilderId(worker)) for step in ("huge", "small")]
+        desk.dispatch.submit([hints[0], await desk.start(worker, "small"), hints[1]])
+    await desk.sent(2)
+    while not desk.fleet.hints:
+        await desk.fleet.called.wait()
+        desk.fleet.called.clear()
+    # What the coordinator does not know any more, or would take much memory for, is no hint, and no trouble.
+    for step in ("forgotten", "huge"):
+        desk.dispatch.submit([FetchAhead(StepKey(step), 0, BuilderId("w"))])
+        desk.dispatch.submit([await desk.start("w", "small")])
+        await desk.sent(1)
+    [(worker, hint, after)] = desk.fleet.hints
+    assert (worker, hint.step) == ("w", "small")
+    assert [worker for worker, _, _ in desk.fleet.calls[:after]].count("w") == 1

@@ -47,6 +47,7 @@ from workers.wire.messages import (
     FarmInfo,
     HeldLease,
     Hello,
+    InputHint,
     Lease,
     LeaseOrder,
     LogChunk,
@@ -105,6 +106,9 @@ class ScriptedWorker:
 
     async def drain(self, worker: str, *, on: bool) -> None:
         raise FleetError(f"{worker} cannot drain {on}")
+
+    async def fetch_ahead(self, worker: str, hint: InputHint) -> None:
+        raise FleetError(f"{worker} takes no hints such as {hint.step}")
 
     async def provide(self, worker: str, paths: Sequence[str], token: str) -> tuple[Output, ...]:
         raise FleetError(f"{worker} has none of {paths} for {token}")

@@ -17,7 +17,7 @@ from tests.coordinator.conftest import OpenFarm
 from tests.coordinator.test_web import browser_of
 from tests.support.patience import PATIENCE_S
 from workers.agent import outbox
-from workers.agent.inputs import FarmSources
+from workers.agent.farm_sources import FarmSources
 
 HALF = re.compile(r"-large\">[\d.]+ KB of [\d.]+ KB</span>")
 READS = """rec {

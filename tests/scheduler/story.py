@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from scheduler import facts as f
-from scheduler.effects import CancelBuild, Effect, PublishOutputs, StartBuild
+from scheduler.effects import CancelBuild, Effect, FetchAhead, PublishOutputs, StartBuild
 from scheduler.model import LeaseId, Requirements, StepKey
 from scheduler.terms import Withdrawal
 
@@ -179,6 +179,8 @@ def tell_effect(effect: Effect) -> str:
             return f"cancel {_lease(effect.lease)} on {effect.builder}"
         case PublishOutputs():
             return f"publish {_lease(effect.lease)}"
+        case FetchAhead():
+            return f"fetch inputs of {effect.step} ahead on {effect.builder}, recipe {effect.recipe}"
         case _:
             assert_never(effect)
 

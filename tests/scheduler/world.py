@@ -250,6 +250,8 @@ class World:
     def order(self, index: int, *, lose: bool = False, publish_fails: FailureKind | None = None) -> None:
         """Carry out one effect, any one; what is not publishing may be lost."""
         effect = self.orders.pop(index % len(self.orders))
+        if isinstance(effect, x.FetchAhead):
+            return
         if isinstance(effect, x.PublishOutputs):
             if publish_fails is not None:
                 self.mail.append(e.PublishFailed(effect.lease, Failure(publish_fails, "no")))

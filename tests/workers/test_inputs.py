@@ -6,8 +6,8 @@ import pytest
 
 from infra.nix import signing
 from infra.substituter.closures import QUESTION_PATHS
-from workers.agent import inputs
-from workers.agent.inputs import FarmSources
+from workers.agent import farm_sources
+from workers.agent.farm_sources import FarmSources
 from workers.wire.messages import Failed, Output, Succeeded
 
 from .conftest import STORE, AgentHarness, ReportReader, drv, hash_part, order
@@ -170,7 +170,7 @@ async def test_an_input_that_cannot_be_had_for_a_while_is_waited_for(
 async def test_a_cache_that_does_not_answer_is_the_farms_fault(
     bench: AgentHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "AWAY_S", 0.3)
+    monkeypatch.setattr(farm_sources, "AWAY_S", 0.3)
     reader = await bench.agent(greet=False)
     away = bench.farm.model_copy(update={"cache_url": "http://127.0.0.1:9/cache"})
     await reader.agent.hello(away.dump())

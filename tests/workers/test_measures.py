@@ -19,7 +19,7 @@ from infra.nar_files import dump
 from tests.support.patience import PATIENCE_S
 from workers.agent import build, outbox, output_reader
 from workers.agent.attempt_record import AttemptRecord, Fetched, FetchLog
-from workers.agent.inputs import FarmSources
+from workers.agent.farm_sources import FarmSources
 from workers.agent.outbox import Outbox
 from workers.wire.measures import MAX_FETCHES, MAX_PHASES, Measures, Span
 from workers.wire.messages import Batch, Failed, Report, Succeeded, Transfer

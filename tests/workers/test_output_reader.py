@@ -19,7 +19,7 @@ from tests.support.patience import PATIENCE_S
 from workers.agent import outputs
 from workers.agent.attempt_record import Moving
 from workers.agent.daemon_pool import DaemonOpener, DaemonSession, SessionPool
-from workers.agent.inputs import FarmSources
+from workers.agent.farm_sources import FarmSources
 from workers.agent.output_reader import HERE_BYTES, OutputError, OutputReader
 from workers.wire.messages import Output
 

@@ -336,6 +336,7 @@ async def test_a_coordinator_that_was_replaced_moves_nothing_any_more(bench: Age
         "events": (10_000, 1 << 20, 0.0),
         "drain": (True,),
         "provide": ([], ""),
+        "fetch_ahead": ({"step": wanted.step, "inputs": []},),
     }
     assert set(arguments) == set(CALLS)
     for name, said in arguments.items():

@@ -28,9 +28,11 @@ from workers.agent.admission import Machine, SlotOffer, next_offer
 from workers.agent.build_cores import BuildCores
 from workers.agent.canary import Canary
 from workers.agent.daemon_pool import DaemonOpener, DaemonSession, SessionPool
+from workers.agent.farm_sources import FarmSources, open_sources
+from workers.agent.fetching_ahead import AheadFetcher
 from workers.agent.health import HealthWatch
 from workers.agent.input_guard import InputGuard
-from workers.agent.inputs import TRANSFERS, FarmSources, InputFetcher, open_sources
+from workers.agent.inputs import TRANSFERS, InputFetcher
 from workers.agent.isolation import addresses_of, isolate
 from workers.agent.lease_machine import Trouble, WorkerMachine
 from workers.agent.lease_runner import LeaseRunner
@@ -49,6 +51,7 @@ from workers.wire.messages import (
     FarmInfo,
     HeldLease,
     Hello,
+    InputHint,
     Introduction,
     Vitals,
 )
@@ -125,6 +128,7 @@ class Agent:
         self._health: HealthWatch
         self._guard: InputGuard
         self._inputs: InputFetcher
+        self._ahead: AheadFetcher
         self._readers: SessionPool
         self._outputs: OutputReader
         self._leases: LeaseRunner
@@ -212,6 +216,7 @@ class Agent:
             memory_bytes=self._offer.memory_bytes,
             takes_cores=True,
             takes_successors=True,
+            takes_hints=True,
             nix_version=self._nix_version,
             leases=tuple(HeldLease.model_validate(held) for held in self._leases.held()),
         ).dump()
@@ -272,6 +277,13 @@ class Agent:
         # The coordinator shall not send more until its poll ends by itself.
         self._outbox.stop_waiting()
 
+    async def fetch_ahead(self, hint: dict[str, Any]) -> None:
+        """Fetch the inputs of a lease to come (`InputHint`) beside all else."""
+        parsed = InputHint.model_validate(hint)
+        self._check_started()
+        if self._sources is not None and not self._leases.draining:
+            self._ahead.fetch(parsed, self._sources)
+
     async def provide(self, paths: Sequence[str], token: str) -> list[dict[str, Any]]:
         """Upload those of the full paths that are valid in this store again; gives `Output` for each.
 
@@ -316,7 +328,7 @@ class Agent:
                 self._readers = SessionPool(sessions.add(opener, READERS))
                 self._outputs = OutputReader(self._readers, where.physical_store)
                 [roots], transfers = sessions.add(opener, 1), SessionPool(sessions.add(opener, TRANSFERS))
-                [trials] = sessions.add(builders, 1)
+                [ahead], [trials] = sessions.add(opener, 1), sessions.add(builders, 1)
                 canary = Canary(self._native(), where.store_dir, where.physical_store, where.state_dir)
                 self._health = HealthWatch(
                     where,
@@ -334,6 +346,7 @@ class Agent:
                     self._nix_version = connection.nix_version
                 async with asyncio.TaskGroup() as group:
                     self._inputs = InputFetcher(roots, transfers, group, self._clock, self._outbox.moved)
+                    self._ahead = AheadFetcher(self._inputs, ahead, group, self._clock, self._health.has_room)
                     self._leases = self._runner(group)
                     # Before the farm is met: it shall not give a worker that cannot build anything to build.
                     self._health.on_vitals = self._admit
@@ -369,6 +382,7 @@ class Agent:
             slots=self._slots,
             outputs=self._outputs,
             inputs=self._inputs,
+            ahead=self._ahead,
             guard=self._guard,
             health=self._health,
             sources=lambda: self._sources,

@@ -123,6 +123,13 @@ class AttemptRecord:
         self._fetches: list[InputFetch] = []
         self._more_fetches = 0
         self._more_fetches_bytes = 0
+        #: Bytes of inputs that had come ahead of the lease.
+        self.ahead_bytes = 0
+
+    @property
+    def in_trace(self) -> str:
+        """The words of a log line about the trace: by it both are found, each from the other."""
+        return f" (trace {self._traceparent})" if self._traceparent else ""
 
     @contextmanager
     def span(self, name: SpanName) -> Iterator[None]:
@@ -209,6 +216,7 @@ class AttemptRecord:
             fetches=tuple(self._fetches),
             more_fetches=self._more_fetches,
             more_fetches_bytes=self._more_fetches_bytes,
+            ahead_bytes=self.ahead_bytes,
             cpu_s=self.use.cpu_s,
             peak_memory_bytes=self.use.peak_memory_bytes,
             read_bytes=self.use.read_bytes,

@@ -87,14 +87,14 @@ class EndlessLineError(RecipeBrokeDaemonError):
 
 def basic_derivation(derivation: bytes, inputs: Sequence[str]) -> BasicDerivation:
     """Parse the .drv's bytes. Raises `infra.nix.errors.FormatError`."""
-    parsed = aterm.parse(derivation)
+    found = aterm.parse(derivation)
     return BasicDerivation(
-        outputs=tuple(BasicOutput(out.name, out.path, out.hash_algo, out.hash) for out in parsed.outputs),
+        outputs=tuple(BasicOutput(out.name, out.path, out.hash_algo, out.hash) for out in found.outputs),
         inputs=tuple(inputs),
-        system=parsed.system,
-        builder=parsed.builder.encode(),
-        args=parsed.args,
-        env=parsed.env,
+        system=found.system,
+        builder=found.builder.encode(),
+        args=found.args,
+        env=found.env,
     )
 
 

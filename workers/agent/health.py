@@ -51,7 +51,7 @@ FREE_INODES = 0.01
 #: Seconds between two collections, and within which one must end.
 COLLECT_AGAIN_S = 60.0
 COLLECT_WITHIN_S = 1800.0
-#: How much is to be free after a collection, in floors.
+#: How much is to be free after a collection, and beside what is fetched ahead of leases, in floors.
 COLLECT_TO = 3
 
 
@@ -159,6 +159,11 @@ class HealthWatch:
     def unfit(self) -> str:
         """Reason that the worker should get no leases, one sentence; empty while it is fit."""
         return (self._broken_store() or self._hurt or self._low or self._broken)[:MAX_SENTENCE]
+
+    def has_room(self, bytes_: int) -> bool:
+        """Return whether the worker is fit and so many bytes more would leave what a collection is to free."""
+        free = None if self.vitals is None else self.vitals.disk_free_bytes
+        return not self.unfit and (free is None or free - bytes_ >= COLLECT_TO * self._floor_bytes)
 
     def was_full_since(self, at: float) -> bool:
         """Return whether a disk was all but full at some look since then (seconds of the clock)."""

@@ -48,7 +48,7 @@ from infra.nix.hashing import sha256_text
 from infra.nix.path_info import PathInfo
 from infra.retry import Outage
 from workers.agent.daemon_pool import DaemonSession, DaemonUnreachableError, SessionPool
-from workers.agent.inputs import FarmSources, InputError
+from workers.agent.farm_sources import FarmSources, InputError
 from workers.errors import WorkerError
 
 _log = logging.getLogger(__name__)

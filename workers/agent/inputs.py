@@ -9,253 +9,35 @@ back.
 
 A path that was rooted and seen valid stays so for as long as the roots connection lives, so it is never looked up
 again. A plan waits only for plans that claimed before it, so no two wait for each other.
+
+What is fetched for leases to come (`bring`, used by `fetching_ahead`) is claimed likewise, so that a lease which wants
+it waits for it; while leases wait for other paths, its bytes stand back.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
-
-import aiohttp
 
 from infra.clock import Clock
 from infra.daemon import DaemonGone, DaemonOperationError, Upload
-from infra.dependency_order import CycleError, inputs_first
-from infra.nix import narinfo
-from infra.nix.errors import NixError
 from infra.nix.narinfo import NarInfo
-from infra.nix.signing import PublicKey
-from infra.nix.store_path import StoreDir, base_name_of
-from infra.objects.errors import CacheError, ObjectMissingError, ObjectStoreError, StoreUnreachableError
-from infra.objects.http_source import fetch_nar_over_http
-from infra.objects.nar_reader import fetch_nar
-from infra.objects.store import ObjectStore, open_object_store
-from infra.retry import Outage, retrying
-from infra.substituter.closures import (
-    QUESTION_PATHS,
-    ClosureAnswer,
-    QuestionAnswerError,
-    QuestionRefusedError,
-)
-from infra.upload.client import UploadClient, upload_connections
 from workers.agent.attempt_record import AttemptRecord, Fetched, FetchLog, Moving
 from workers.agent.daemon_pool import DaemonSession, SessionPool
-from workers.errors import WorkerError
-from workers.wire.measures import FetchSource
-from workers.wire.messages import MAX_MISSING, FarmInfo
+from workers.agent.farm_sources import FarmSources, InputError, patiently
 
-#: Seconds for one question to the cache, in all and until it connects.
-QUESTION_S = 60.0
-CONNECT_S = 10.0
-#: Seconds for which requests to a cache that does not answer, or to a store that fails, are repeated.
-AWAY_S = 60.0
-#: Paths that the inputs of one lease may reach.
-MAX_CLOSURE = 100_000
 #: NARs up to this size are downloaded ahead of their turn, so many at a time.
 AHEAD_BYTES = 1024 * 1024
 AHEAD = 8
 #: Streams into the store at one time.
 TRANSFERS = 2
-#: Seconds within which the farm's object store must answer a worker that is to use it itself.
-STORE_WITHIN_S = 10.0
 #: Paths remembered as valid; beyond it they are looked up again.
 MAX_REMEMBERED = 200_000
-
-_log = logging.getLogger(__name__)
-
-
-_Result = TypeVar("_Result")
-
-
-class InputError(WorkerError):
-    """An input cannot be had; the message names it.
-
-    Attributes:
-        missing: Full paths that the farm's cache, or its object store, does not have; at most MAX_MISSING.
-    """
-
-    def __init__(self, message: str, missing: Iterable[str] = ()) -> None:
-        super().__init__(message)
-        self.missing = tuple(missing)[:MAX_MISSING]
-
-
-class InputAwayError(InputError):
-    """An input cannot be had at the moment."""
-
-
-class FarmSources:
-    """Source of one farm's inputs and target of its outputs: its cache over HTTP, its object store. Must be closed.
-
-    `store` is None where this machine does not see the object store; the coordinator's address is then all it needs.
-    """
-
-    def __init__(self, farm: FarmInfo, store: ObjectStore | None) -> None:
-        """Raises `infra.nix.errors.NixError` for a public key or a store directory that cannot be read."""
-        self.farm = farm
-        self.store = store
-        self.store_dir = StoreDir(farm.store_dir)
-        self._keys = tuple(PublicKey.parse(text) for text in farm.public_keys)
-        self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=QUESTION_S, connect=CONNECT_S), auto_decompress=True
-        )
-        self._upload_connections = upload_connections()
-
-    async def close(self) -> None:
-        """Close the connections to the cache."""
-        self._upload_connections.close()
-        await self._session.close()
-
-    async def narinfos(self, paths: Iterable[str]) -> list[NarInfo]:
-        """Return the verified narinfos of the closure of full paths, references first.
-
-        Raises `InputError` where a member is not in the cache, is not signed by the farm, or the cache does not answer.
-        """
-        known: dict[str, NarInfo] = {}
-        wanted = sorted({base_name_of(path) for path in paths})
-        while wanted:
-            if len(known) > MAX_CLOSURE:
-                raise InputError(f"the inputs reach more than {MAX_CLOSURE} paths")
-            batch, wanted = wanted[:QUESTION_PATHS], wanted[QUESTION_PATHS:]
-            infos = await self._request_infos(batch)
-            found = {info.base_name: info for info in infos}
-            if not found.keys() >= set(batch):
-                raise InputError("the cache's answer lacks paths that were asked for")
-            known |= found
-            # An answer is bounded: what it only refers to is requested in turn.
-            beyond = {reference for info in infos for reference in info.path.references}
-            wanted = sorted((beyond | set(wanted)) - known.keys())
-        infos = _references_first(known)
-        for info in infos:
-            fingerprint = info.path.fingerprint()
-            if not any(key.verify(fingerprint, sig) for key in self._keys for sig in info.path.sigs):
-                raise InputError(f"{info.store_path} is not signed by a key of the farm")
-        return infos
-
-    async def _request_infos(self, names: Sequence[str]) -> list[NarInfo]:
-        """Ask for narinfos by base name, with as much of their closure as the cache answers. Raises `InputError`."""
-        texts, missing = await _patiently(partial(self._ask, names))
-        if missing:
-            paths = [self.store_dir.full(name) for name in missing[:MAX_MISSING]]
-            raise InputError(f"{paths[0]} is not in the farm's cache", paths)
-        try:
-            return [narinfo.parse(text, self.store_dir) for text in texts]
-        except NixError as error:
-            raise InputError(f"the cache's answer cannot be read: {error}") from error
-
-    @property
-    def kind(self) -> FetchSource:
-        """Source that `nar` reads."""
-        return "cache" if self.store is None else "objects"
-
-    async def nar(self, info: NarInfo) -> AsyncGenerator[bytes, None]:
-        """Yield the NAR of a narinfo, verified by its end. Raises `InputError`."""
-        if self.store is None:
-            url = f"{self.farm.cache_url}/{info.stored.url}"
-            source = fetch_nar_over_http(self._session, url, self._authorization(), info)
-        else:
-            source = fetch_nar(self.store, info)
-        try:
-            async with aclosing(source) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-        except CacheError as error:
-            gone = isinstance(error, ObjectMissingError)
-            raise (InputAwayError if isinstance(error, ObjectStoreError) and not gone else InputError)(
-                f"{info.store_path}: {error}", [info.store_path] if gone else ()
-            ) from error
-
-    def upload(self, info: NarInfo, nar: AsyncIterator[bytes]) -> Upload:
-        """Return what adds a path to the worker's store; its narinfo is one of `narinfos`."""
-        return Upload(info.path, nar)
-
-    def uploads(self, token: str) -> UploadClient:
-        """Return what uploads outputs over HTTP with the token of a lease."""
-        return UploadClient(self._upload_connections, self.farm.cache_url, token)
-
-    def _authorization(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.farm.cache_token}"} if self.farm.cache_token else {}
-
-    async def _ask(self, names: Sequence[str]) -> tuple[list[bytes], list[str]]:
-        """Return the narinfos of a closure, and the base names that the cache lacks. Raises `InputError`."""
-        question = ClosureAnswer(self._session, self.farm.cache_url, self._authorization(), names)
-        texts: list[bytes] = []
-        try:
-            async with aclosing(question.narinfos()) as pages:
-                async for page in pages:
-                    texts += page
-                    if len(texts) > MAX_CLOSURE:
-                        raise InputError(f"the inputs reach more than {MAX_CLOSURE} paths")
-        except QuestionRefusedError as error:
-            kind = InputError if error.status < 500 else InputAwayError
-            problem = f"answered with status {error.status}"
-        except QuestionAnswerError as error:
-            raise InputError(f"the cache's answer cannot be read: {error}") from error
-        except TimeoutError:
-            kind, problem = InputAwayError, f"did not answer within {QUESTION_S:.0f} s"
-        except aiohttp.ClientError as error:
-            kind, problem = InputAwayError, f"cannot be asked ({error})"
-        else:
-            return texts, question.missing
-        raise kind(f"the farm's cache at {self.farm.cache_url} {problem}")
-
-
-async def _patiently(call: Callable[[], Awaitable[_Result]]) -> _Result:
-    """Return what `call` gives, repeating it while the cache or the store is away, at most `AWAY_S`."""
-    outage = Outage(_log, "it is asked again", over="inputs can be had again")
-    return await retrying(call, AWAY_S, outage, _away)
-
-
-def _away(error: Exception) -> str:
-    return str(error) if isinstance(error, InputAwayError) else ""
-
-
-def _references_first(infos: Mapping[str, NarInfo]) -> list[NarInfo]:
-    """Order a closure. Raises `InputError` where it runs in a circle, which no published closure does."""
-    try:
-        return [infos[name] for name in inputs_first(infos, lambda name: _others(infos[name]))]
-    except CycleError:
-        raise InputError("the cache's answer has paths that refer to each other in a circle") from None
-
-
-def _others(info: NarInfo) -> list[str]:
-    return [name for name in info.path.references if name != info.base_name]
-
-
-async def open_sources(farm: FarmInfo) -> FarmSources:
-    """Return the sources of a farm, over its object store if this machine sees it.
-
-    Raises:
-        CacheError: the object store is not seen, and the farm takes no uploads over HTTP either.
-        NixError: see `FarmSources`.
-    """
-    return FarmSources(farm, await _reachable_store(farm))
-
-
-async def _reachable_store(farm: FarmInfo) -> ObjectStore | None:
-    """Return the farm's object store if this machine sees it, None if all must go over HTTP.
-
-    Raises `StoreUnreachableError` where the farm takes no uploads over HTTP either.
-    """
-    store = open_object_store(farm.object_store_url)
-    try:
-        # Without credentials, looking for some may take a while that is not ours to wait.
-        async with asyncio.timeout(STORE_WITHIN_S):
-            mark = await store.check_marker()
-    except (StoreUnreachableError, TimeoutError):
-        if farm.takes_uploads:
-            return None
-        raise
-    if farm.store_mark and mark != farm.store_mark:
-        if farm.takes_uploads:
-            return None
-        raise StoreUnreachableError(f"this machine sees another object store at {store.url}, not the farm's")
-    return store
+#: Longest time for which a piece for a lease to come stands back: a connection that does not move is hung up.
+STANDS_BACK_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -264,6 +46,8 @@ class _Transfer:
 
     task: asyncio.Task[Exception | None]
     log: FetchLog
+    #: It is for leases to come.
+    ahead: bool = False
 
 
 class InputFetcher:
@@ -290,6 +74,13 @@ class InputFetcher:
         self._tasks: set[asyncio.Task[Exception | None]] = set()
         #: Claimed paths and the transfer that will make them valid.
         self._claimed: dict[str, _Transfer] = {}
+        #: Rooted by the roots connection of `_generation`, and not valid when it was last asked.
+        self._lacked: set[str] = set()
+        #: Leases that wait for paths, and those of them that wait for what `bring` fetches.
+        self._waiting = self._joined = 0
+        #: Set unless leases wait, and none for what `bring` fetches.
+        self._may_bring = asyncio.Event()
+        self._may_bring.set()
 
     def known(self, paths: Iterable[str]) -> bool:
         """Return whether all paths are known to be valid, so that `ensure` would return at once."""
@@ -324,8 +115,27 @@ class InputFetcher:
         """
         if self.known(paths):
             return
-        async with self._planning:
-            earlier, own = await self._plan(set(paths), sources)
+        joined = False
+        self._count_waiting(1)
+        try:
+            async with self._planning:
+                earlier, own = await self._plan(set(paths), sources)
+            joined = any(transfer.ahead for transfer in earlier)
+            self._count_waiting(0, joined)
+            await self._settled(earlier, own, record)
+        finally:
+            self._count_waiting(-1, -joined)
+
+    def _count_waiting(self, waiting: int, joined: int = 0) -> None:
+        self._waiting += waiting
+        self._joined += joined
+        if self._joined or not self._waiting:
+            self._may_bring.set()
+        else:
+            self._may_bring.clear()
+
+    async def _settled(self, earlier: list[_Transfer], own: list[_Transfer], record: AttemptRecord) -> None:
+        """Wait for transfers, and note in the record what they fetched."""
         try:
             with record.transfer("fetch", (transfer.log.moving for transfer in (*earlier, *own))):
                 for transfer in (*earlier, *own):
@@ -376,14 +186,17 @@ class InputFetcher:
     async def _ask_store(self, paths: set[str]) -> set[str]:
         # Roots first: a collection could come between.
         async with self._roots.use() as connection:
-            if self._generation != self._roots.generation or len(self._valid) > MAX_REMEMBERED:
+            if self._generation != self._roots.generation or len(self._valid) + len(self._lacked) > MAX_REMEMBERED:
                 self._valid.clear()
+                self._lacked.clear()
                 self._generation = self._roots.generation
             unknown = paths - self._valid
             if unknown:
                 await connection.add_temp_roots(sorted(unknown))
                 self._valid |= await connection.query_valid_paths(unknown)
-            return paths - self._valid
+            missing = paths - self._valid
+            self._lacked |= missing
+            return missing
 
     async def _transfer(
         self,
@@ -420,11 +233,18 @@ class InputFetcher:
             if left:
                 await self._add(left, sources, fetches)
 
-        await _patiently(stream)
+        await patiently(stream)
 
-    async def _add(self, infos: Sequence[NarInfo], sources: FarmSources, fetches: FetchLog) -> None:
-        async with self._transfers.use() as connection:
-            stream = _NarsAhead(infos, sources, self._clock, fetches)
+    async def _add(
+        self,
+        infos: Sequence[NarInfo],
+        sources: FarmSources,
+        fetches: FetchLog,
+        over: DaemonSession | None = None,
+        pace: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        async with (self._transfers if over is None else over).use() as connection:
+            stream = _NarsAhead(infos, sources, self._clock, fetches, pace)
             try:
                 # The signatures are verified above, with the farm's keys; the daemon has its own list.
                 await connection.add_multiple_to_store(stream.uploads(), dont_check_sigs=True)
@@ -432,17 +252,70 @@ class InputFetcher:
                 raise InputError(f"the store refuses an input: {refused}") from refused
             finally:
                 await stream.close()
-        self._valid.update(info.store_path for info in infos)
+        # What is for a lease to come is rooted by that one, as far as it has been planned.
+        arrived = self._lacked.intersection(info.store_path for info in infos)
+        self._valid |= arrived
+        self._lacked -= arrived
+
+    async def bring(
+        self, infos: Sequence[NarInfo], sources: FarmSources, log: FetchLog, over: DaemonSession
+    ) -> Exception | None:
+        """Add those of the paths that no lease has fetched, for leases to come; return the error that ended it.
+
+        The caller has rooted them, and brings what they refer to before. Leases that wait for other paths go first;
+        one that wants some of these waits for them. A cancelled caller leaves the transfer running.
+        """
+        needed = {name for info in infos for name in info.path.references} | {info.base_name for info in infos}
+        paths = {sources.store_dir.full(name) for name in needed}
+        while others := {self._claimed[path].task for path in paths if path in self._claimed}:
+            await asyncio.wait(others)
+        mine = [info for info in infos if info.store_path not in self._valid]
+        if not mine:
+            return None
+        task = self._group.create_task(self._bring(mine, sources, log, over), name="fetch inputs ahead")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        transfer = _Transfer(task, log, ahead=True)
+        self._claimed |= {info.store_path: transfer for info in mine}
+        return await asyncio.shield(task)
+
+    async def _bring(
+        self, infos: Sequence[NarInfo], sources: FarmSources, log: FetchLog, over: DaemonSession
+    ) -> Exception | None:
+        try:
+            await patiently(lambda: self._add(infos, sources, log, over, self._stand_back))
+        except Exception as error:  # noqa: BLE001 - handed to every waiting lease, which reports it
+            return error
+        finally:
+            for info in infos:
+                del self._claimed[info.store_path]
+        return None
+
+    async def _stand_back(self) -> None:
+        """Let the bytes that leases wait for go first."""
+        if not self._may_bring.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(STANDS_BACK_S):
+                    await self._may_bring.wait()
 
 
 class _NarsAhead:
     """The NARs of a transfer in order; small ones are downloaded while those before them are sent."""
 
-    def __init__(self, infos: Sequence[NarInfo], sources: FarmSources, clock: Clock, log: FetchLog) -> None:
+    def __init__(
+        self,
+        infos: Sequence[NarInfo],
+        sources: FarmSources,
+        clock: Clock,
+        log: FetchLog,
+        pace: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """`pace` is waited for before each piece."""
         self._infos = infos
         self._sources = sources
         self._clock = clock
         self._log = log
+        self._pace = pace
         #: Downloads of the infos from `_next` on backwards, oldest first; at most AHEAD.
         self._ahead: deque[tuple[int, asyncio.Task[bytes]]] = deque()
         self._next = 0
@@ -491,6 +364,8 @@ class _NarsAhead:
         counted = self._log.moving.counted
         async with aclosing(self._sources.nar(info)) as nar, aclosing(counted(nar, info.store_path)) as chunks:
             async for chunk in chunks:
+                if self._pace is not None:
+                    await self._pace()
                 yield chunk
         took_s = self._clock.now() - began
         self._log.add(Fetched(info.path.nar_size, info.store_path, self._sources.kind, began, took_s))

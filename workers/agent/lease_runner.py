@@ -31,9 +31,11 @@ from workers.agent.build import (
 )
 from workers.agent.build_cores import BuildCores
 from workers.agent.daemon_pool import DaemonSession, DaemonUnreachableError
+from workers.agent.farm_sources import FarmSources, InputError
+from workers.agent.fetching_ahead import AheadFetcher
 from workers.agent.health import HealthWatch
 from workers.agent.input_guard import InputChangedError, InputCollectedError, InputGuard, MendingError
-from workers.agent.inputs import FarmSources, InputError, InputFetcher
+from workers.agent.inputs import InputFetcher
 from workers.agent.lease_actions import Build, Fetch, HandBack, LeaseKey
 from workers.agent.lease_machine import (
     DOUBTFUL,
@@ -119,6 +121,7 @@ class LeaseRunner:
         slots: Sequence[DaemonSession],
         outputs: OutputReader,
         inputs: InputFetcher,
+        ahead: AheadFetcher,
         guard: InputGuard,
         health: HealthWatch,
         sources: Callable[[], FarmSources | None],
@@ -130,14 +133,11 @@ class LeaseRunner:
         self._clock = clock
         self._outbox = outbox
         self._group = group
-        self._slots = slots
-        self._outputs = outputs
-        self._inputs = inputs
-        self._guard = guard
-        self._health = health
+        self._slots, self._outputs = slots, outputs
+        self._inputs, self._ahead = inputs, ahead
+        self._guard, self._health = guard, health
         self._sources = sources
-        self._store = store
-        self._build_cores = build_cores
+        self._store, self._build_cores = store, build_cores
         self._closing = closing
         #: Exactly the leases that the machine holds.
         self._runs: dict[LeaseKey, _Run] = {}
@@ -176,6 +176,8 @@ class LeaseRunner:
     def drain(self, *, on: bool) -> None:
         """Set or clear `draining`."""
         self._machine.draining = on
+        if on:
+            self._ahead.drop()
         self._advance()
 
     def capacity(self, ended: frozenset[LeaseKey] | set[LeaseKey] = frozenset()) -> int:
@@ -241,6 +243,7 @@ class LeaseRunner:
                 run.task.cancel()
         if self._mending is not None:
             self._mending.cancel()
+        self._ahead.stop()
 
     def _advance(self) -> None:
         """Carry out what the machine decides now, and wake up at its next deadline."""
@@ -288,7 +291,7 @@ class LeaseRunner:
         except _Stopped as stopped:
             result = stopped.ending
         except Exception as error:  # noqa: BLE001 - reported as the end of the lease
-            _log.exception("lease %s attempt %d failed in an unexpected way%s", *key, _in_trace(run.order))
+            _log.exception("lease %s attempt %d failed in an unexpected way%s", *key, run.record.in_trace)
             result = judge_trouble(Trouble.UNEXPECTED, f"{type(error).__name__}: {error}")
         self._report(key, run, result)
         self._advance()
@@ -322,7 +325,7 @@ class LeaseRunner:
             result=outcome,
             measures=run.record.measures(),
         )
-        _log.info("lease %s attempt %d ended: %s%s", *key, reason or outcome.kind, _in_trace(run.order))
+        _log.info("lease %s attempt %d ended: %s%s", *key, reason or outcome.kind, run.record.in_trace)
         self._outbox.report(report, within_s=0.0 if self._machine.has_idle_slot else REPORT_WITHIN_S)
         if not self._machine.may_be_followed(key):
             self.stop(self._machine.following.waiting_for(key), Trouble.NOT_BUILT_HERE)
@@ -332,6 +335,7 @@ class LeaseRunner:
         order, sources = run.order, self._sources()
         if sources is None:
             raise _Stopped(judge_trouble(Trouble.NOT_GREETED))
+        run.record.ahead_bytes = self._ahead.taken(order.step)
         try:
             derivation = await parsed(order.derivation, order.inputs)
         except NixError as error:
@@ -493,8 +497,3 @@ class LeaseRunner:
     def _tell_stage(self, key: LeaseKey, stage: Stage, phase: str = "") -> None:
         change = StageChange(step=key[0], attempt=key[1], stage=stage, phase=phase, at=self._clock.now())
         self._outbox.stage(change, within_s=STAGE_WITHIN_S)
-
-
-def _in_trace(order: LeaseOrder) -> str:
-    """Return what a log line says of the trace: by it both are found, each from the other."""
-    return f" (trace {order.traceparent})" if order.traceparent else ""

@@ -29,7 +29,7 @@ from infra.upload.errors import SenderRefusedError
 from infra.upload.packs import SourceChangedError
 from infra.upload.protocol import PathClaim, SendStatus
 from workers.agent.attempt_record import Moving
-from workers.agent.inputs import FarmSources
+from workers.agent.farm_sources import FarmSources
 from workers.agent.output_reader import READERS, FilesUnreadableError, OutputError, OutputReader
 from workers.wire.messages import Output
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from workers.errors import WorkerError
-from workers.wire.messages import Batch, Hello, Lease, LeaseOrder, Output
+from workers.wire.messages import Batch, Hello, InputHint, Lease, LeaseOrder, Output
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,9 @@ class Fleet(Protocol):
 
     async def drain(self, worker: str, *, on: bool) -> None:
         """Set or clear "no new work". Raises `FleetError`."""
+
+    async def fetch_ahead(self, worker: str, hint: InputHint) -> None:
+        """Let a worker that takes hints fetch inputs ahead of their lease. Raises `FleetError`."""
 
     async def provide(self, worker: str, paths: Sequence[str], token: str) -> tuple[Output, ...]:
         """Have those of the full paths that are valid in the worker's store uploaded again. Raises `FleetError`."""

@@ -72,6 +72,8 @@ class Measures(_Measure):
     fetches: Annotated[tuple[InputFetch, ...], Field(max_length=MAX_FETCHES)] = ()
     more_fetches: int = 0
     more_fetches_bytes: int = 0
+    #: Bytes of the NARs of inputs that had come before the lease, because the worker was let fetch them ahead.
+    ahead_bytes: int = 0
     #: Of the builders and all their processes: seconds of processor time, most memory (of their own at one look; where
     #: a control group counts it, at any time, with pages of files), bytes from and to disks (their Nix daemon's too).
     cpu_s: float | None = None

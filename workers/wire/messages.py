@@ -9,6 +9,7 @@ carries the epoch of its coordinator: a call of one that another has taken over 
     events(ack, max_bytes, wait_s) -> Batch one outstanding long poll; forgets what is at or below `ack`
     cancel([Lease]) -> None                 an unknown lease is a no-op
     drain(bool) -> None                     no new work while true
+    fetch_ahead(InputHint) -> None          a hint; only to agents that say `takes_hints`
     provide([path], token) -> [Output]      uploads again what is valid in the worker's store, for a cache that lost it
 
 Either side may be the newer one, because agents outlive the update of their coordinator. Rules:
@@ -45,7 +46,7 @@ from workers.wire.measures import FetchSource, Measures
 from workers.wire.reasons import Reason
 
 PROTOCOL_VERSION = 2
-CallName = Literal["hello", "start_many", "events", "cancel", "drain", "provide"]
+CallName = Literal["hello", "start_many", "events", "cancel", "drain", "provide", "fetch_ahead"]
 CALLS: tuple[CallName, ...] = get_args(CallName)
 #: Bounds of one `events` answer: with only reports and phases, and with log text in it (Ray is slower above 100 KiB).
 SMALL_BATCH_BYTES = 64 * 1024
@@ -194,6 +195,14 @@ class LeaseOrder(WireMessage):
         return data | self.limits.model_dump(by_alias=True)
 
 
+class InputHint(WireMessage):
+    """Inputs of a step that the agent should have next, which it may fetch while it builds. It may drop the hint."""
+
+    step: Name
+    #: Full store paths, as in `LeaseOrder`.
+    inputs: tuple[str, ...]
+
+
 class Stage(StrEnum):
     """Stages of a lease on its worker."""
 
@@ -241,6 +250,8 @@ class Hello(Introduction):
     takes_cores: bool = False
     #: Whether it reads `LeaseOrder.after`.
     takes_successors: bool = False
+    #: Whether it answers `fetch_ahead`.
+    takes_hints: bool = False
     nix_version: Name
     leases: HeldLeases
 

@@ -32,6 +32,7 @@ from workers.wire.messages import (
     CallName,
     FarmInfo,
     Hello,
+    InputHint,
     Introduction,
     Lease,
     LeaseOrder,
@@ -202,6 +203,10 @@ class AgentRoster:
     async def drain(self, worker: str, *, on: bool) -> None:
         """Set or clear "no new work". Raises `FleetError` as `start_many`."""
         await _in_time(self.calls_of(worker), CALL_DEADLINE_S, "drain", on)
+
+    async def fetch_ahead(self, worker: str, hint: InputHint) -> None:
+        """Let a worker fetch inputs ahead of their lease. Raises `FleetError` as `start_many`."""
+        await _in_time(self.calls_of(worker), CALL_DEADLINE_S, "fetch_ahead", hint.dump())
 
     async def provide(self, worker: str, paths: Sequence[str], token: str) -> tuple[Output, ...]:
         """Have paths uploaded again. Raises `FleetError` as `start_many`, and where the answer makes no sense."""
