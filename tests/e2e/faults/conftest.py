@@ -153,6 +153,11 @@ class FarmUnderFault:
         for name, count in self.runs().items():
             assert count <= by_name[name], name
 
+    def ended_early(self) -> list[facts.LeaseRevoked]:
+        """Return what ended leases without a result, but for those that ended with a build which they followed."""
+        found = [fact for fact in self.journal() if isinstance(fact, facts.LeaseRevoked)]
+        return [fact for fact in found if not fact.failure.message.startswith("it followed ")]
+
     def journal(self) -> list[Fact]:
         async def read() -> list[Fact]:
             file = self.farm.state / "journal.sqlite3"

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from scheduler import facts
 from scheduler.model import FailureKind
 from tests.e2e.faults.conftest import FarmUnderFault
 from tests.support.elsewhere import Program
@@ -164,8 +163,7 @@ def test_a_farm_that_was_divided_ends_in_order_and_lost_nothing_but_a_worker(div
 
 
 def revoked(one: Divided) -> list[tuple[str, FailureKind]]:
-    found = [fact for fact in one.journal() if isinstance(fact, facts.LeaseRevoked)]
-    return [(fact.lease.step.partition("-")[2], fact.failure.kind) for fact in found]
+    return [(fact.lease.step.partition("-")[2], fact.failure.kind) for fact in one.ended_early()]
 
 
 def far_is_back(one: Divided) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from scheduler import facts
 from tests.e2e.faults.conftest import FarmUnderFault, running_farm, running_phases
 from tests.support.proxy import Fault, FaultyProxy, proxy_in_thread
 from tests.support.servers import MortalPostgres, S3Server
@@ -117,8 +116,7 @@ def test_an_object_store_that_fails_in_every_way_costs_no_build(kept: Kept) -> N
     checked = one.farm.drover("cache", "verify", "--full", "--json")
     assert '"broken":0' in checked.stdout, checked.stdout
     assert set(one.runs().values()) == {1}, one.runs()
-    revoked = [fact.failure for fact in one.journal() if isinstance(fact, facts.LeaseRevoked)]
-    assert [failure for failure in revoked if failure.kind != "returned"] == []
+    assert [fact.failure for fact in one.ended_early() if fact.failure.kind != "returned"] == []
 
 
 def test_a_farm_whose_stores_failed_ends_in_order_and_ran_nothing_twice_without_a_reason(kept: Kept) -> None:

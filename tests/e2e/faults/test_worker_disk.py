@@ -53,9 +53,8 @@ def test_a_full_disk_moves_the_build_and_rests_the_worker(disk: Path, hurt: Make
     one.can_be_fetched(view)
     assert one.farm.stop() == 0
     one.nothing_ran_twice_without_a_reason()
-    revoked = [fact for fact in one.journal() if isinstance(fact, facts.LeaseRevoked)]
     # More than one where the other worker came back later than the back-off ended.
-    assert {(fact.builder, fact.failure.kind) for fact in revoked} == {("small", FailureKind.DISK_LOW)}
+    assert {(fact.builder, fact.failure.kind) for fact in one.ended_early()} == {("small", FailureKind.DISK_LOW)}
     modest_ran_on = [f.builder for f in one.journal() if isinstance(f, facts.StepLeased) and "modest" in f.lease.step]
     assert modest_ran_on == ["large"]
 

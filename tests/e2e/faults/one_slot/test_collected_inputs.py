@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from infra.process_tree import live_processes
-from scheduler import facts
 from scheduler.model import FailureKind
 from tests.e2e.faults.conftest import FarmUnderFault
 from tests.support.farm import nix_store
@@ -110,8 +109,7 @@ def test_an_input_that_is_torn_out_is_fetched_again(one: FarmUnderFault) -> None
 
 
 def revoked(one: FarmUnderFault) -> list[tuple[str, FailureKind]]:
-    found = [fact for fact in one.journal() if isinstance(fact, facts.LeaseRevoked)]
-    return [(fact.lease.step.partition("-")[2], fact.failure.kind) for fact in found]
+    return [(fact.lease.step.partition("-")[2], fact.failure.kind) for fact in one.ended_early()]
 
 
 def nothing_failed_that_had_begun(one: FarmUnderFault) -> None:

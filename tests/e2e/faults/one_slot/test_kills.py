@@ -204,16 +204,12 @@ def step_of(one: FarmUnderFault, submission: str) -> dict[str, Any]:
 def verdicts(one: FarmUnderFault, name: str) -> dict[str, list[FailureKind]]:
     """Return why begun builds ended without a result, by step and in order: of the one and of those before it."""
     found: dict[str, list[FailureKind]] = {}
-    for fact in one.journal():
-        match fact:
-            case facts.LeaseRevoked():
-                step = fact.lease.step
-            case facts.StepFailed():
-                step = fact.step
-            case _:
-                continue
-        if fact.failure.kind is not FailureKind.RETURNED and step.endswith(f"-{name}"):
-            found.setdefault(step.partition("-")[2], []).append(fact.failure.kind)
+    ended = [(fact.lease.step, fact.failure) for fact in one.ended_early()]
+    # A step fails after all that was tried.
+    ended += [(fact.step, fact.failure) for fact in one.journal() if isinstance(fact, facts.StepFailed)]
+    for step, failure in ended:
+        if failure.kind is not FailureKind.RETURNED and step.endswith(f"-{name}"):
+            found.setdefault(step.partition("-")[2], []).append(failure.kind)
     return found
 
 
