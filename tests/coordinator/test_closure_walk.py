@@ -8,7 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from coordinator.client import closure_walk
 from coordinator.client.closure import LocalStore, read_closure
 from coordinator.client.closure_walk import ClosureWalk
 from coordinator.client.errors import RefusedError
+from coordinator.records import record
 from infra.nix import aterm
 from infra.nix.drv_head import DrvHead, input_names, read_head
 from infra.nix.errors import FormatError
@@ -29,7 +30,7 @@ from tests.coordinator.conftest import OpenedFarm, OpenFarm
 from tests.support.graphs import Made, Maker
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class WatchedStore(LocalStore):
     """A store that notes which .drv files are read."""
 
