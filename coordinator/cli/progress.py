@@ -115,7 +115,7 @@ class Progress:
             self.tree = {key: node for key, node in self.tree.items() if key in self.running}
 
     def _step(self, step: StepView) -> list[tuple[News, StepView]]:
-        active = step.state in ACTIVE
+        active = step.state in ACTIVE and not _only_follows(step)
         if active:
             self.running[step.key] = step
             self.workers.setdefault(step.worker, Tally())
@@ -151,3 +151,8 @@ class Progress:
     def ended(self) -> bool:
         """True if nothing more will come."""
         return self.submission is not None and self.submission.state is not SubmissionState.RUNNING
+
+
+def _only_follows(step: StepView) -> bool:
+    """Return whether a step has a worker's lease and begins once what it follows is built there."""
+    return step.state is StepStatus.RUNNING and step.waiting is not None and step.waiting.kind == "follows"

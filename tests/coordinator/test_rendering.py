@@ -23,6 +23,7 @@ from coordinator.api.models import (
     StepStatus,
     SubmissionState,
     SubmissionView,
+    WaitingView,
     WorkerView,
 )
 from coordinator.cli.printing import size
@@ -116,6 +117,16 @@ def test_plain_lines_say_each_thing_once_even_when_the_stream_begins_again() -> 
     assert told == ["started a on native", "failed", "started a again on other", "built a on other in 1m02s"]
     assert progress.ended
     assert not progress.running
+
+
+def test_what_follows_a_build_is_started_once_it_begins() -> None:
+    progress = Progress()
+    follower = step("b", stage="queued", waiting=WaitingView(kind="follows", count=1, steps=("a",)))
+    assert progress.apply(Snapshot(submission=submission(), steps=(follower,))) == []
+    assert not progress.running
+    begun = replace(follower, stage="building", waiting=None)
+    assert progress.apply(StepChanged(step=begun)) == [(News.STARTED, begun)]
+    assert list(progress.running) == [begun.key]
 
 
 def test_the_heartbeat_names_what_runs_longest() -> None:
