@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from tests.benchmarks.ingest import write_store
@@ -55,13 +56,24 @@ def wait_in_vain(farm: Farm, root: Path, count: int) -> None:
     subprocess.run(command, input=drvs, text=True, check=True, stdout=subprocess.DEVNULL, env=farm.environment)
 
 
+def with_children(farm: Farm) -> frozenset[int]:
+    """Return the processes of a farm, those among them whose words do not name it."""
+    found: set[int] = set()
+    for pid in processes_naming(str(farm.root)):
+        found.add(pid)
+        for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+            with suppress(OSError):
+                found.update(map(int, thread.read_text().split()))
+    return frozenset(found)
+
+
 def settle(farm: Farm) -> None:
     """Wait until the farm has come to rest, or for long enough."""
     began = changed = time.monotonic()
-    there = processes_naming(str(farm.root)).keys()
+    there = with_children(farm)
     while time.monotonic() - changed < SETTLE_S and time.monotonic() - began < SETTLE_MOST_S:
         time.sleep(LOOK_S)
-        now = processes_naming(str(farm.root)).keys()
+        now = with_children(farm)
         if now != there:
             there, changed = now, time.monotonic()
 
