@@ -160,12 +160,8 @@ class InputFetcher:
         if not mine:
             return list(earlier), []
         log = FetchLog(Moving(sources.kind, sum(info.path.nar_size for info in mine), self._moved))
-        work = self._transfer(mine, sources, frozenset(transfer.task for transfer in earlier), log)
-        own = _Transfer(self._group.create_task(work, name="fetch inputs"), log)
-        self._tasks.add(own.task)
-        own.task.add_done_callback(self._tasks.discard)
-        for info in mine:
-            self._claimed[info.store_path] = own
+        before = frozenset(transfer.task for transfer in earlier)
+        own = self._begin(mine, lambda: self._stream_after(before, mine, sources, log), log)
         return list(earlier), [own]
 
     async def _still_missing(self, paths: set[str], before: set[str]) -> set[str]:
@@ -198,26 +194,41 @@ class InputFetcher:
             self._lacked |= missing
             return missing
 
-    async def _transfer(
-        self,
-        infos: Sequence[NarInfo],
-        sources: FarmSources,
-        earlier: frozenset[asyncio.Task[Exception | None]],
-        log: FetchLog,
-    ) -> Exception | None:
-        """Add the paths; the error is returned, because every lease that waits wants it."""
+    def _begin(
+        self, infos: Sequence[NarInfo], work: Callable[[], Awaitable[None]], log: FetchLog, *, ahead: bool = False
+    ) -> _Transfer:
+        """Begin work that brings paths; they are claimed by it until it ends."""
+        task = self._group.create_task(self._brought(infos, work), name="fetch inputs")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        transfer = _Transfer(task, log, ahead=ahead)
+        self._claimed |= {info.store_path: transfer for info in infos}
+        return transfer
+
+    async def _brought(self, infos: Sequence[NarInfo], work: Callable[[], Awaitable[None]]) -> Exception | None:
+        """Do work that brings paths; the error is returned, because every lease that waits wants it."""
         try:
-            for task in earlier:
-                error = await asyncio.shield(task)
-                if error is not None:
-                    return error
-            await self._stream(infos, sources, log)
+            await work()
         except Exception as error:  # noqa: BLE001 - handed to every waiting lease, which reports it
             return error
         finally:
             for info in infos:
                 del self._claimed[info.store_path]
         return None
+
+    async def _stream_after(
+        self,
+        earlier: frozenset[asyncio.Task[Exception | None]],
+        infos: Sequence[NarInfo],
+        sources: FarmSources,
+        log: FetchLog,
+    ) -> None:
+        """Add the paths once earlier transfers have brought theirs. Raises the error of one that has not."""
+        for task in earlier:
+            error = await asyncio.shield(task)
+            if error is not None:
+                raise error
+        await self._stream(infos, sources, log)
 
     async def _stream(self, infos: Sequence[NarInfo], sources: FarmSources, fetches: FetchLog) -> None:
         """Add the paths, where the store breaks off what is left of them again for a while."""
@@ -272,24 +283,10 @@ class InputFetcher:
         mine = [info for info in infos if info.store_path not in self._valid]
         if not mine:
             return None
-        task = self._group.create_task(self._bring(mine, sources, log, over), name="fetch inputs ahead")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        transfer = _Transfer(task, log, ahead=True)
-        self._claimed |= {info.store_path: transfer for info in mine}
-        return await asyncio.shield(task)
-
-    async def _bring(
-        self, infos: Sequence[NarInfo], sources: FarmSources, log: FetchLog, over: DaemonSession
-    ) -> Exception | None:
-        try:
-            await patiently(lambda: self._add(infos, sources, log, over, self._stand_back))
-        except Exception as error:  # noqa: BLE001 - handed to every waiting lease, which reports it
-            return error
-        finally:
-            for info in infos:
-                del self._claimed[info.store_path]
-        return None
+        transfer = self._begin(
+            mine, lambda: patiently(lambda: self._add(mine, sources, log, over, self._stand_back)), log, ahead=True
+        )
+        return await asyncio.shield(transfer.task)
 
     async def _stand_back(self) -> None:
         """Let the bytes that leases wait for go first."""

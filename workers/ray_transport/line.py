@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Final, cast
 
@@ -88,7 +89,7 @@ def proof(secret: bytes, side: str, asked: bytes, answered: bytes) -> bytes:
     return hmac.digest(secret, side.encode() + asked + answered, "sha256")
 
 
-class Frames(asyncio.Protocol):
+class Frames(asyncio.Protocol, ABC):
     """One end of a line: whole frames in and out. Subclasses take them by `receive`, and the end by `lost`."""
 
     def __init__(self) -> None:
@@ -133,13 +134,13 @@ class Frames(asyncio.Protocol):
         if self.transport is not None:
             self.transport.abort()
 
+    @abstractmethod
     def receive(self, frame: bytes) -> None:
         """Take one frame."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lost(self, why: str) -> None:
         """Take notice of the end."""
-        raise NotImplementedError
 
 
 class Line(Frames):
