@@ -202,7 +202,9 @@ async def test_the_cache_cannot_be_made_another(served: Writable, text: bytes, s
 async def test_an_object_that_has_not_the_hash_in_its_name_is_not_stored(served: Writable) -> None:
     for size in (100, QUICK_OBJECT_BYTES + 100_000):
         upload = upload_of(A, os.urandom(size))
-        status, sentence = await served.put(upload.info.stored.url, upload.data[:-1] + b"x")
+        # A flipped bit, since a byte put in the last one's place may be that byte.
+        damaged = upload.data[:-1] + bytes([upload.data[-1] ^ 1])
+        status, sentence = await served.put(upload.info.stored.url, damaged)
         assert (status, "hash" in sentence) == (400, True)
         assert await served.status(upload.info.stored.url) == 404
     assert served.left_behind() == []
