@@ -383,6 +383,10 @@ async def test_the_questions_have_their_answers_on_the_pages_of_submission_step_
         assert "One line with “RED”" in page
         # A builder of nixpkgs says where a phase begins; what another one announces, its worker has counted.
         assert ">buildPhase</a>" in page
+        # That one never began, and leads to the log that says why.
+        (followed,) = [name for name in ("left", "right") if farm.coordinator.views.step(name).life.attempt]
+        page = (await browser.get("/steps/" + farm.key_of(followed) + "/log"))[1]
+        assert re.search(r'It never began, because .*<a href="/steps/[^"]*-bad[^"]*/log">the log of bad</a>', page)
         page = (await browser.get("/steps/" + farm.key_of("apart") + "/log"))[1]
         assert 'line=2#L2">ripen&lt;b&gt;</a>' in page
         assert not {chr(code) for code in range(32) if chr(code) not in "\n\t"} & set(page)

@@ -26,6 +26,7 @@ from coordinator.readmodel.views import Views
 from coordinator.stores.log_lines import LineIndex, LineIndexes, LogLines, NumberedLine, find_text, lines_from
 from coordinator.stores.logs import LogStore
 from coordinator.stores.timings import TimingsError, TimingStore
+from scheduler.model import StepKey
 
 #: Lines of one page, of what is found, and of one message of a running log.
 LINES_SHOWN: Final = 1_000
@@ -70,6 +71,8 @@ class LogData:
     found_more: bool
     #: Whether lines come yet, and this page is where they come.
     follows: bool
+    #: The step whose failure is why this attempt, which was to follow it, never began.
+    cause: StepLine | None
 
     @property
     def before(self) -> int:
@@ -119,6 +122,7 @@ class LogPage:
             found=found,
             found_more=more,
             follows=runs and last >= total,
+            cause=self._cause(row, attempt) if path is _NOTHING else None,
         )
         return html(await self._renderer.page("log.html", visitor=request[VISITOR], page=data))
 
@@ -163,6 +167,13 @@ class LogPage:
             return tuple(FoundLine(line, name) for line, name in measured.landmarks if line <= total)
         found, _ = await asyncio.to_thread(_find, index, _PHASE.decode())
         return tuple(FoundLine(line.number, line.text.replace(_PHASE.decode(), "")) for line in found)
+
+    def _cause(self, row: StepRow, attempt: int) -> StepLine | None:
+        """Return what doomed a step, where its last attempt is the one that is asked for."""
+        if row.state is not StepStatus.DOOMED or attempt != row.life.attempt:
+            return None
+        cause = self._views.row_of(StepKey(row.life.cause))
+        return step_line(self._views, cause) if cause is not None else None
 
     async def _file(self, row: StepRow, attempt: int) -> Path:
         """Return the file of a log, brought back from the archive where it lies there. Raises `LogError`."""
