@@ -2,6 +2,9 @@
 
 Each connection takes the next derivation as soon as its last one is built. Nothing is evaluated, sent, uploaded, signed
 or published in the measured time; the .drv files are made before.
+
+A worker's daemons do more for each build than plain ones: a user of its own builds it, and all that this user runs is
+killed before and after. `isolated` says what the farm could do at most with the builds of strangers.
 """
 
 from __future__ import annotations
@@ -11,17 +14,50 @@ import os
 import subprocess
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 from infra.daemon import DaemonConnection, Options, open_stdio
 from tests.benchmarks.beside_nix import FLAGS, LIMIT_S, ROOT, remove
+from tests.support.farm import Farm, processes_naming
 from workers.agent.build import basic_derivation
 
 CONNECTIONS = 2
 
 
-def build_bare(file: Path, store: Path) -> float:
-    """Seconds to build all derivations of a file, none of which has inputs, in a new store, which is removed again.
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """How a daemon is started: command and environment."""
+
+    command: list[str]
+    environment: dict[str, str]
+
+
+def plain(store: Path) -> Daemon:
+    """Return a daemon without build users, as `nix-build` has none beside it."""
+    command = ["nix-daemon", "--stdio", "--store", str(store), *FLAGS]
+    return Daemon(command, {"PATH": os.environ["PATH"], "HOME": str(store)})
+
+
+def isolated(farm: Farm) -> Daemon:
+    """Return the daemon of a farm's worker, as the kernel lists it: its isolation, its options, its store.
+
+    Raises:
+        SystemExit: no worker of the farm has one now.
+    """
+    for pid in processes_naming(str(farm.root)):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
+            environment = Path(f"/proc/{pid}/environ").read_text().split("\0")[:-1]
+        except OSError:
+            continue
+        if any(word.endswith("infra/daemon/owner.py") for word in command):
+            return Daemon(command, dict(word.split("=", 1) for word in environment))
+    raise SystemExit(f"no worker of the farm in {farm.root} has a daemon; its log is {farm.log_path}")
+
+
+def build_bare(file: Path, store: Path, daemon: Daemon) -> float:
+    """Seconds to build all derivations of a file, none of which has inputs; they are made in a store that is removed.
 
     Raises:
         SystemExit: one of them failed, or all together took longer than LIMIT_S.
@@ -32,7 +68,7 @@ def build_bare(file: Path, store: Path) -> float:
     # A chroot store has its files below its root.
     todo = deque((drv, Path(f"{store}{drv}").read_bytes()) for drv in drvs)
     try:
-        return asyncio.run(_build_all(todo, store))
+        return asyncio.run(_build_all(todo, daemon))
     except TimeoutError:
         raise SystemExit(
             f"bare connections built {len(drvs) - len(todo)} of {len(drvs)} derivations in {LIMIT_S:.0f} s; "
@@ -42,10 +78,8 @@ def build_bare(file: Path, store: Path) -> float:
         remove(store)
 
 
-async def _build_all(todo: deque[tuple[str, bytes]], store: Path) -> float:
-    command = ["nix-daemon", "--stdio", "--store", str(store), *FLAGS]
-    environment = {"PATH": os.environ["PATH"], "HOME": str(store)}
-    connections = [await open_stdio(command, environment) for _ in range(CONNECTIONS)]
+async def _build_all(todo: deque[tuple[str, bytes]], daemon: Daemon) -> float:
+    connections = [await open_stdio(daemon.command, daemon.environment) for _ in range(CONNECTIONS)]
     try:
         for connection in connections:
             await connection.set_options(Options(build_cores=1))

@@ -1,15 +1,16 @@
 """Trivial sandboxed derivations through the whole farm, upload and signing included, beside Nix alone.
 
 The farm has one worker with two slots. Peers: `nix-build -j2`, which gets the same file in turn and evaluates it itself
-as the farm's client does; and two bare connections to Nix daemons, which only build: the limit. All build into stores
-that never saw the file; starting the farm is not part of the measurement.
+as the farm's client does; two bare connections to Nix daemons, which only build: the limit; and two such connections to
+daemons as the worker starts them: what strangers' builds cost Nix itself. All build into stores that never saw the
+derivations; starting the farm is not part of the measurement.
 """
 
 from __future__ import annotations
 
 import os
 
-from tests.benchmarks.bare_daemons import build_bare
+from tests.benchmarks.bare_daemons import build_bare, isolated, plain
 from tests.benchmarks.beside_nix import remove, running
 from tests.benchmarks.report import arguments, machine, progress, publish
 
@@ -20,8 +21,12 @@ let one = n: derivation {{
 }};
 in {{ all = builtins.genList one {count}; }}
 """
-#: Row -> its peer, and the target of the ratio.
-ROWS = {"trivial": ("nix-build -j2", 1.5), "trivial-beside-daemons": ("two bare daemon connections", 0.8)}
+#: Row -> its peer, and the target of the ratio, where it has one.
+ROWS = {
+    "trivial": ("nix-build -j2", 1.5),
+    "trivial-beside-daemons": ("two bare daemon connections", 0.8),
+    "trivial-beside-isolated": ("two connections with the worker's isolation", None),
+}
 
 
 def main() -> None:
@@ -44,7 +49,13 @@ def main() -> None:
             took = bench.farm_build(file, options.count)
             ours.append(options.count / took.wall_s)
             by_program_s.append(took.by_program_s)
-            peers["trivial-beside-daemons"].append(options.count / build_bare(file, bench.root / f"bare-{run}"))
+            # Each builds what the one before it did not: the worker's store has what the farm has built.
+            store = bench.root / f"bare-{run}"
+            peers["trivial-beside-daemons"].append(options.count / build_bare(file, store, plain(store)))
+            # Others, since the worker's store has what the farm has built.
+            other = bench.write(f"other-{run}", EXPRESSION.format(salt=f"{os.getpid()}-o{run}", count=options.count))
+            took_s = build_bare(other, bench.root / f"made-{run}", isolated(bench.farm))
+            peers["trivial-beside-isolated"].append(options.count / took_s)
             figures = ", ".join(f"{ROWS[row][0]} {rates[-1]:.1f}/s" for row, rates in peers.items())
             progress(f"run {run + 1}: farm {ours[-1]:.1f}/s {took.by_program_s}, {figures}")
     for row, (peer_is, target) in ROWS.items():
