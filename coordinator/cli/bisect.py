@@ -23,6 +23,7 @@ from coordinator.bisect.session import Bisection, CommitVerdict, Conclusion
 from coordinator.bisect.verdicts import Criterion, Outcome, Until
 from coordinator.cli import exit_status
 from coordinator.cli.bisect_builds import FarmBuilds
+from coordinator.cli.evaluation import make_store
 from coordinator.cli.import_builds import FarmImports
 from coordinator.cli.printing import print_json
 from coordinator.cli.reasons import difference_lines
@@ -127,6 +128,7 @@ async def _bisect(client: ApiClient, request: BisectRequest, begun: _Begun) -> i
     with opened(path, arguments, restart=request.restart) as memory:
         begun.state = str(path)
         screen.line(_first_line(asked, line, memory))
+        await make_store(request.store)
         settings = [word for at, word in enumerate(flags) if word == "--option" for word in flags[at : at + 3]]
         async with FarmImports(client, farm, screen, settings, request.store, wait_s=None) as imports:
             conclusion = await _search(client, request, repository, asked, line, memory, screen, imports)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import PurePath
 from typing import Final
@@ -22,7 +23,11 @@ from coordinator.evaluation.pool_limits import TIMEOUT_S, PoolLimits
 from coordinator.evaluation.source_plan import EvaluationMeans, EvaluatorChoice
 from coordinator.records import record
 from coordinator.terminal_controls import harmless
+from infra.process import ProcessError, run
 
+#: Seconds for Nix to make a store, and most bytes that it says of that.
+MAKE_S: Final = 600.0
+_MAKE_OUTPUT_BYTES: Final = 1024 * 1024
 #: Failed attributes that are shown with all that Nix printed of them; of the others its first line.
 MAX_WHOLE: Final = 20
 
@@ -76,6 +81,22 @@ async def evaluate(
     )
     show_evaluation(inputs.name, evaluation, show_messages, lambda text: click.echo(defused(harmless(text)), err=True))
     return evaluation
+
+
+async def make_store(store: str | None) -> None:
+    """Make the store below a directory where there is none, before evaluations into it run side by side.
+
+    Nix lets two programs that find none make it both, and one of them fails.
+    """
+    if store:
+        # Evaluators say what is wrong with a store that cannot be made.
+        with suppress(ProcessError):
+            await run(
+                ["nix-store", "--init", *local_store(store).flags],
+                env=os.environ,
+                timeout_s=MAKE_S,
+                max_output_bytes=_MAKE_OUTPUT_BYTES,
+            )
 
 
 def evaluated_from(request: EvaluationRequest) -> str:

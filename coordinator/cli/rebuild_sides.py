@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from coordinator.api.models import StepStatus
-from coordinator.cli.evaluation import EvaluationRequest, evaluate
+from coordinator.cli.evaluation import EvaluationRequest, evaluate, make_store
 from coordinator.cli.import_builds import FarmImports
 from coordinator.client.api_client import ApiClient
 from coordinator.client.closure import LocalStore, local_store
@@ -132,6 +132,7 @@ async def evaluate_sides(
     Raises:
         EvaluationError: A side does not evaluate at all; the sentence names it.
     """
+    await make_store(store)
     async with evaluated_files(request, _halved(evaluation)) as (sides, notes):
         asked = [
             _evaluated(f"the {role}, {name},", each, settings, store, imports())

@@ -9,6 +9,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support.farm import BIN
 from tests.support.package_set import ROOT, PackageSet
 from tests.support.patience import PATIENCE_S
@@ -84,12 +86,12 @@ async def rebuilt(farm: OpenedFarm, *arguments: str | Path) -> tuple[int | None,
     return child.returncode, found, errors.decode()
 
 
-async def started(farm: OpenedFarm, *arguments: str | Path) -> asyncio.subprocess.Process:
+async def started(farm: OpenedFarm, *arguments: str | Path, command: str = "rebuild") -> asyncio.subprocess.Process:
     """Start the command."""
     words = [*map(str, arguments), "--store", str(farm.root / "client"), "--json"]
     return await asyncio.create_subprocess_exec(
         BIN / "drover",
-        "rebuild",
+        command,
         *words,
         env={
             **os.environ,
@@ -126,6 +128,28 @@ async def test_revisions_files_and_flakes_are_compared_before_anything_is_built(
         assert not await farm.client.submissions()
 
 
+@pytest.mark.parametrize("command", ["rebuild", "bisect"])
+async def test_evaluators_that_run_side_by_side_find_the_store_made(
+    open_farm: OpenFarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    packages = await asyncio.to_thread(PackageSet, tmp_path / "set")
+    packages.change(ROOT, "second")
+    packages.commit("another root")
+    # Of two Nix programs that make a store at one time, one fails now and then.
+    program, seen = tmp_path / "programs" / "nix", tmp_path / "seen"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntest -s {tmp_path}/client/nix/var/nix/db/schema; echo $? >> {seen}; exit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    ends = {"rebuild": ("--base",), "bisect": ("-A", ROOT, "--bad", "HEAD", "--good")}[command]
+    async with open_farm() as farm:
+        child = await started(farm, packages.file, *ends, packages.first, command=command)
+        async with asyncio.timeout(PATIENCE_S):
+            _, errors = await child.communicate()
+    found = seen.read_text().split() if seen.exists() else errors.decode()
+    assert (set(found), len(found) >= 2) == ({"0"}, True), errors.decode()
+
+
 async def test_imports_of_both_sides_are_built_and_an_aggregate_that_is_wrong_costs_the_others_nothing(
     open_farm: OpenFarm, tmp_path: Path
 ) -> None:
@@ -136,7 +160,8 @@ async def test_imports_of_both_sides_are_built_and_an_aggregate_that_is_wrong_co
         status, report, errors = await rebuilt(
             farm, "--base-file", files[0], "--head-file", files[1], "--option", "sandbox", "false"
         )
-        assert status == 3, errors
+        # A side that does not evaluate at all gives that status too, and no report.
+        assert (status, "attributes" in report) == (3, True), errors
         found = {each["attr"]: each for each in report["attributes"]}
         assert {attr: each["change"] for attr, each in found.items()} == {
             "imported": "changed",
