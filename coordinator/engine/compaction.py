@@ -34,10 +34,11 @@ from infra.retry import Backoff
 from scheduler.farm import Farm
 from scheduler.model import Requirements, StepKey
 
-#: Facts behind the newest snapshot that make another one worth while: a step makes three or four.
+#: Facts behind the newest snapshot, beside one for each step, that make another one worth while. A snapshot has a fact
+#: for each step too, so it would shorten no start while steps only wait; one that ends makes three or four.
 SNAPSHOT_FACTS: Final = 100_000
-#: How often that is looked at, and the longest pause after a failure, in seconds.
-LOOK_S: Final = 2.0
+#: First and longest pause after a failure, in seconds; the first while the journal cannot be written too.
+FIRST_PAUSE_S: Final = 4.0
 LONGEST_PAUSE_S: Final = 300.0
 #: A child that takes longer than this hangs.
 SNAPSHOT_WITHIN_S: Final = 600.0
@@ -80,29 +81,36 @@ async def compact(journal: Journal) -> int:
 
 
 class Compactor:
-    """Has snapshots made while the coordinator runs."""
+    """Has snapshots made while the coordinator runs; `steps` returns how many steps one would hold."""
 
-    def __init__(self, url: str, journal: Journal, *, every: int = SNAPSHOT_FACTS) -> None:
+    def __init__(
+        self, url: str, journal: Journal, *, steps: Callable[[], int] = lambda: 0, every: int = SNAPSHOT_FACTS
+    ) -> None:
         self._url = url
         self._journal = journal
+        self._steps = steps
         self._every = every
 
     async def run(self) -> None:
         """Serve until cancelled. A snapshot that fails is logged and tried again later."""
-        backoff = Backoff(LOOK_S * 2, LONGEST_PAUSE_S)
-        pause_s = LOOK_S
+        backoff = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         while True:
-            await asyncio.sleep(pause_s)
-            if self._journal.tail < self._every or self._journal.trouble:
-                continue
+            await self.due()
             try:
                 await self.snapshot()
             except CoordinatorError as error:
                 pause_s = backoff.next_s()
                 _log.warning("no snapshot was made; the next try is in %d s: %s", pause_s, error)
+                await asyncio.sleep(pause_s)
             else:
                 backoff.reset()
-                pause_s = LOOK_S
+
+    async def due(self) -> None:
+        """Wait until a snapshot is worth while, and the journal can be written."""
+        while self._journal.tail < (worth := self._every + self._steps()):
+            await self._journal.tail_reaches(worth)
+        while self._journal.trouble:  # noqa: ASYNC110 - a database that is back sends no event
+            await asyncio.sleep(FIRST_PAUSE_S)
 
     async def snapshot(self) -> None:
         """Have one made now. Raises `JournalError`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final
 
 from coordinator.readmodel.timeline import Timelines
@@ -19,7 +20,7 @@ from infra.clock import Clock
 from infra.nix.store_path import package_of
 from scheduler.model import StepKey
 
-#: Seconds between two batches, and attempts of one: the rows of a batch are some milliseconds of the writer's thread.
+#: Seconds from a change to its batch, and attempts of one batch: its rows are some milliseconds of the writer's thread.
 WRITE_EVERY_S: Final = 0.5
 BATCH_ROWS: Final = 500
 #: Seconds until the store is tried again, first and longest.
@@ -72,6 +73,8 @@ class TimingWriter:
         prepared = False
         try:
             while True:
+                if prepared:
+                    await self._changed_before(expire_at)
                 await asyncio.sleep(pause_s)
                 try:
                     await self._write(prepare=not prepared)
@@ -88,6 +91,12 @@ class TimingWriter:
                     self._rose()
         finally:
             await self._finish(prepared=prepared)
+
+    async def _changed_before(self, at: float) -> None:
+        """Wait until an attempt has changed, or until a time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, at - self._clock.now())):
+                await self._timelines.changed.wait()
 
     async def flush(self) -> None:
         """Write all that waits now. Raises `TimingsError`, at once while the store is known to fail."""

@@ -73,6 +73,9 @@ class Journal:
         self._seq = 0
         #: Facts in the frames behind the newest snapshot, of those that were read or written here.
         self._tail = 0
+        #: Length of the tail that a caller waits for, and set once it has come.
+        self._awaited = 0
+        self._grown = asyncio.Event()
         self._outage = Outage(_log, "nothing is taken on until it can", over="the journal can be written again")
 
     @property
@@ -94,6 +97,13 @@ class Journal:
     def tail(self) -> int:
         """Facts that a start would have to replay behind the newest snapshot."""
         return self._tail
+
+    async def tail_reaches(self, facts: int) -> None:
+        """Return once the tail has so many facts. For one caller at a time."""
+        while self._tail < facts:
+            self._awaited = facts
+            self._grown.clear()
+            await self._grown.wait()
 
     @property
     def trouble(self) -> str:
@@ -243,6 +253,8 @@ class Journal:
         self._outage.end()
         self._seq += len(frames)
         self._tail += len(facts)
+        if self._tail >= self._awaited:
+            self._grown.set()
 
     async def _store(
         self,

@@ -14,6 +14,7 @@ Rules:
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -64,6 +65,8 @@ class Timelines:
         #: Attempts that have not ended, by step: at most one lease each.
         self._open: dict[str, _Live] = {}
         self._changed: OrderedDict[Key, AttemptTiming] = OrderedDict()
+        #: Set while attempts wait for the store.
+        self.changed = asyncio.Event()
         #: Attempts that were dropped since the start because the store did not take them in time.
         self.dropped = 0
         #: Counts what happens; who replays facts puts a new one here afterwards, because those are history.
@@ -79,6 +82,8 @@ class Timelines:
         taken: list[AttemptTiming] = []
         while self._changed and len(taken) < most:
             taken.append(self._changed.popitem(last=False)[1])
+        if not self._changed:
+            self.changed.clear()
         return taken
 
     def open_of(self, step: str) -> AttemptTiming | None:
@@ -217,6 +222,7 @@ class Timelines:
         if not self._most:
             return
         self._changed[timing.step, timing.attempt] = timing
+        self.changed.set()
         if len(self._changed) > self._most:
             self._changed.popitem(last=False)
             self.dropped += 1

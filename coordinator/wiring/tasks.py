@@ -36,7 +36,7 @@ def start_tasks(  # noqa: PLR0917 - collaborators, named by their types
         group.create_task(work.archiver.run(), name="log archiver"),
         *(group.create_task(each.uploads.run(), name="uploads") for each in site.caches.services),
         group.create_task(lead.leadership.hold(journal), name="leadership"),
-        group.create_task(Compactor(settings.database_url("journal"), journal).run(), name="compaction"),
+        group.create_task(_compactor(settings, lead, core).run(), name="compaction"),
         group.create_task(core.intake.run(), name="intake"),
         *([group.create_task(verifiers.run(), name="verifiers")] if (verifiers := core.intake.verifiers) else []),
         group.create_task(core.usual.run(), name="usual times"),
@@ -52,6 +52,11 @@ def start_tasks(  # noqa: PLR0917 - collaborators, named by their types
         group.create_task(core.timings.run(), name="timings"),
         *([group.create_task(exporter.run(), name="traces")] if exporter else []),
     ]
+
+
+def _compactor(settings: Settings, lead: Lead, core: Core) -> Compactor:
+    steps = core.farm.state.steps
+    return Compactor(settings.database_url("journal"), lead.journal, steps=lambda: len(steps))
 
 
 def start_housekeeping(group: asyncio.TaskGroup, site: Site) -> list[asyncio.Task[None]]:

@@ -25,6 +25,7 @@ from scheduler.facts import Fact, StepCached
 from scheduler.farm import Farm
 from scheduler.model import StepKey
 from tests.scheduler.simulation import play
+from tests.support.patience import PATIENCE_S
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -90,6 +91,34 @@ async def test_the_process_that_makes_snapshots_leaves_a_shorter_tail(database: 
     again = Journal(engine)
     farm, _ = await _restored(again)
     assert (len(farm.state.steps), again.tail) == (51, 1)
+    await engine.dispose()
+
+
+async def test_a_snapshot_is_due_once_the_tail_has_more_facts_than_it_would_have_itself(tmp_path: Path) -> None:
+    engine = open_engine(f"sqlite+aiosqlite:///{tmp_path / 'j'}")
+    journal = Journal(engine)
+    await journal.prepare()
+    await journal.take_over()
+    steps: set[StepKey] = set()
+    compactor = Compactor("", journal, steps=lambda: len(steps), every=3)
+    due = asyncio.create_task(compactor.due())
+    for n in range(5):
+        # Of each step a first fact, which makes it known.
+        steps.add(StepKey(f"k{n}"))
+        await journal.append([StepCached(StepKey(f"k{n}"))])
+    for n in range(2):
+        await journal.append([StepCached(StepKey(f"k{n}"))])
+    assert not due.done()
+    await journal.append([StepCached(StepKey("k0"))])
+    async with asyncio.timeout(PATIENCE_S):
+        await due
+    journal.snapshot_taken(1)
+    again = asyncio.create_task(compactor.due())
+    await asyncio.sleep(0)
+    assert not again.done()
+    await journal.append([StepCached(StepKey("k0"))])
+    async with asyncio.timeout(PATIENCE_S):
+        await again
     await engine.dispose()
 
 

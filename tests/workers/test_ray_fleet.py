@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -31,6 +32,7 @@ from workers.ray_transport.driver import ActorCalls
 from workers.ray_transport.fleet import REST_AFTER_S, RESTS, RayFleet
 from workers.ray_transport.nodes import WORKER_LABEL, RayHead, RayJoiningNode, RayWorkerNode
 from workers.ray_transport.offers import SLOT, NodeBundle, labels_of
+from workers.ray_transport.signal_looks import QUIET_S, SignalLooks
 from workers.ray_transport.timer_slack import USUAL_SLACK_NS
 from workers.wire.fleet import FleetError, FleetEvent, WorkerConnected, WorkerGone, WorkerSilent, WorkerSpoke
 from workers.wire.messages import Failed, FarmInfo, Hello, Lease, LogChunk, Report, Succeeded
@@ -371,6 +373,30 @@ async def test_agents_with_nothing_to_do_end_where_ray_may_end_their_nodes_and_c
         built = order(drv("once-more", ": > $out"))
         await fleet.start_many("a", [built])
         await heard.until(lambda: built.step in heard.reports)
+
+
+async def test_ray_looks_for_signals_in_the_way_that_agents_let_pause(site: Site) -> None:
+    async with site.fleet() as (_, heard):
+        await heard.until(lambda: bool(heard.hellos("a")))
+        actor = import_module("ray").remote(num_cpus=0)(actor_whose_looks_pause()).remote()
+        async with asyncio.timeout(PATIENCE_S):
+            assert await actor.looked.remote()
+
+
+def actor_whose_looks_pause() -> type:
+    """Return a class that other processes need not import. Its clock has every look come long after the last call."""
+
+    class Looking:
+        def __init__(self) -> None:
+            self.paused = threading.Event()
+            times = iter((0.0,))
+            looks = SignalLooks(lambda: next(times, 2 * QUIET_S), lambda _: self.paused.set())
+            looks.take_over(import_module("ray._raylet"))
+
+        async def looked(self) -> bool:
+            return await asyncio.to_thread(self.paused.wait, PATIENCE_S)
+
+    return Looking
 
 
 def idle_nodes() -> list[str]:

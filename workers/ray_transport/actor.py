@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -13,6 +14,7 @@ import msgspec
 
 from workers.ray_transport.line import LINE_FIELD, LineOffer
 from workers.ray_transport.line_server import LineServer
+from workers.ray_transport.signal_looks import SignalLooks
 from workers.ray_transport.timer_slack import USUAL_SLACK_NS, set_timer_slack
 from workers.wire.messages import CALLS, CallName
 
@@ -44,6 +46,9 @@ class AgentHost:
         #: Where it listens for lines; None where it cannot, or before it was greeted.
         self._lines: LineServer | None = None
         self._line: LineOffer | None = None
+        self._looks = SignalLooks()
+        if (raylet := sys.modules.get("ray._raylet")) is not None:
+            self._looks.take_over(raylet)
         threading.Thread(target=self._run, name="drover-agent", daemon=True).start()
 
     def _run(self) -> None:
@@ -55,8 +60,9 @@ class AgentHost:
         """Have the agent answer in its loop, and return its answer in ours."""
 
         async def run() -> Any:
-            agent = await self._opened()
-            answer = await agent.answer(name, epoch, *arguments)
+            with self._looks.call():
+                agent = await self._opened()
+                answer = await agent.answer(name, epoch, *arguments)
             if name == "hello" and (offer := await self._offer()) is not None:
                 # For the coordinator's end of the transport; what does not know it passes over it.
                 answer[LINE_FIELD] = msgspec.to_builtins(offer, builtin_types=(bytes,))
