@@ -22,6 +22,7 @@ from coordinator.http.api.openapi import TABLES, description
 from coordinator.main import open_coordinator
 from coordinator.remote_settings import RemoteEvaluationSettings
 from tests.support.local_fleet import no_workers
+from tests.support.patience import PATIENCE_S
 
 #: Bodies that no JSON schema describes; `test_streams.py`, `test_environments.py` and `test_http_uploads.py` send them.
 STREAMS = {
@@ -64,7 +65,7 @@ def faults_of(url: str, token: str, mode: GenerationMode) -> list[str]:
             suppress_health_check=list(HealthCheck),
         )
         def send(case: schemathesis.Case[Any]) -> None:
-            case.call_and_validate(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=20)
+            case.call_and_validate(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=PATIENCE_S)
 
         try:
             send()

@@ -22,6 +22,7 @@ from scheduler.farm import Farm
 from scheduler.model import Instant, LeaseId, Recipe, Requirements, StepKey, StepSpec, SubmissionId
 from tests.coordinator.conftest import OpenedFarm, OpenFarm
 from tests.coordinator.test_engine import ONE, ManualClock, ScriptedWorker, output_path, report, started
+from tests.support.patience import PATIENCE_S
 from workers.wire.messages import LeaseOrder, Succeeded
 
 STEPS = 2 * LARGE_STEPS
@@ -201,4 +202,4 @@ async def test_the_inbox_is_bounded_and_gives_what_passes_in_order() -> None:
     assert submission.is_large
     assert inbox.take_submission() is None
     assert inbox.take_all() == [plain[10], *plain[12:]]
-    await asyncio.wait_for(inbox.filled(0.0), 1)
+    await asyncio.wait_for(inbox.filled(0.0), PATIENCE_S)

@@ -13,6 +13,7 @@ import pytest
 
 from tests.e2e.conftest import Expression, waiting_for
 from tests.support.farm import BIN, Farm
+from tests.support.patience import PATIENCE_S
 from tests.support.ports import free_port
 
 pytestmark = pytest.mark.e2e
@@ -54,7 +55,7 @@ def test_a_coordinator_that_is_down_is_infrastructure(farm: Farm, expression: Ex
         env={**farm.environment, "DROVER_URL": f"http://127.0.0.1:{free_port()}"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 4
@@ -104,7 +105,9 @@ def test_binary_output_of_a_builder_is_kept_as_it_is(farm: Farm, expression: Exp
     done = farm.build(file, "-A", "a", "--json")
     assert done.returncode == 0, done.stderr
     key = last_json(done)["roots"][0]["step"]
-    log = subprocess.run(farm.command("log", key), env=farm.environment, capture_output=True, timeout=60, check=False)
+    log = subprocess.run(
+        farm.command("log", key), env=farm.environment, capture_output=True, timeout=PATIENCE_S, check=False
+    )
     assert b"\x01\xff\x00\x1b[31mred" in log.stdout
 
 
@@ -117,7 +120,9 @@ def test_fifty_megabytes_of_log_are_kept(farm: Farm, expression: Expression) -> 
     done = farm.build(file, "-A", "a", "--json")
     assert done.returncode == 0, done.stderr
     key = last_json(done)["roots"][0]["step"]
-    log = subprocess.run(farm.command("log", key), env=farm.environment, capture_output=True, timeout=120, check=False)
+    log = subprocess.run(
+        farm.command("log", key), env=farm.environment, capture_output=True, timeout=PATIENCE_S, check=False
+    )
     assert len(log.stdout) == 50 * 1000 * 1024
 
 
@@ -150,7 +155,7 @@ def test_interrupting_the_client_leaves_the_build_running(farm: Farm, expression
         stderr=subprocess.STDOUT,
         text=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not (
         running := [
             s
@@ -162,7 +167,7 @@ def test_interrupting_the_client_leaves_the_build_running(farm: Farm, expression
         assert time.monotonic() < deadline
         time.sleep(0.1)
     client.send_signal(signal.SIGINT)
-    output, _ = client.communicate(timeout=30)
+    output, _ = client.communicate(timeout=PATIENCE_S)
     assert client.returncode == 130
     (gates / "patient").touch()
     assert f"drover cancel {running[0]['id']}" in output
@@ -176,7 +181,7 @@ def test_a_second_coordinator_on_one_state_directory_is_refused(farm: Farm) -> N
         env=farm.environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 4

@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 
 from infra.exchange import MAX_HEAD_BYTES, BadAnswerError, exchange, streaming
+from tests.support.patience import PATIENCE_S
 from tests.support.served import served
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -73,7 +74,7 @@ async def test_a_body_is_sent_as_it_is_made_and_the_answer_read_as_it_comes() ->
     async def made() -> AsyncIterator[bytes]:
         yield b"first "
         # What is made later follows from what was answered before.
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             await echoed.wait()
         yield b""
         yield b"x" * (3 * MAX_HEAD_BYTES)
