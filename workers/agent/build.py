@@ -60,6 +60,8 @@ MAX_PHASE_CHARACTERS = 100
 class ConnectionLostError(WorkerError):
     """The connection to the Nix daemon broke after it had taken up the build; the builder may be what broke it."""
 
+    trouble: ClassVar[Trouble] = Trouble.CONNECTION_LOST
+
 
 class RecipeBrokeDaemonError(WorkerError):
     """Root of the ways in which a recipe, not the machine, ends its connection to the daemon."""

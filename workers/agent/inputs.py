@@ -101,6 +101,17 @@ class InputFetcher:
             await self._roots.hang_up()
         return True
 
+    async def expect(self, paths: Iterable[str]) -> None:
+        """Root paths that are built here now, so that each is kept from its first moment on. Raises as `ensure`."""
+        async with self._planning:
+            await self._missing(set(paths))
+
+    def arrived(self, paths: Iterable[str]) -> None:
+        """Take paths for valid that have become so, as far as they were rooted before."""
+        arrived = self._lacked.intersection(paths)
+        self._valid |= arrived
+        self._lacked -= arrived
+
     def stop(self) -> None:
         """Cancel all transfers: the agent is closing."""
         for task in self._tasks:
@@ -264,9 +275,7 @@ class InputFetcher:
             finally:
                 await stream.close()
         # What is for a lease to come is rooted by that one, as far as it has been planned.
-        arrived = self._lacked.intersection(info.store_path for info in infos)
-        self._valid |= arrived
-        self._lacked -= arrived
+        self.arrived(info.store_path for info in infos)
 
     async def bring(
         self, infos: Sequence[NarInfo], sources: FarmSources, log: FetchLog, over: DaemonSession

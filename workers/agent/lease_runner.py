@@ -64,10 +64,9 @@ STAGE_WITHIN_S = 0.1
 #: Longest message of a failure that is sent, characters; the log has the rest.
 MAX_MESSAGE = 4000
 
+#: Of all other states it is `QUEUED`.
 _STAGES = {
-    LeaseState.QUEUED: Stage.QUEUED,
     LeaseState.FETCHING: Stage.FETCHING,
-    LeaseState.READY: Stage.QUEUED,
     LeaseState.BUILDING: Stage.BUILDING,
     LeaseState.UPLOADING: Stage.UPLOADING,
     # The work is done and only the report is on its way.
@@ -263,8 +262,7 @@ class LeaseRunner:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        deadline = self._machine.deadline(now)
-        if deadline is not None:
+        if (deadline := self._machine.deadline(now)) is not None:
             self._timer = asyncio.get_running_loop().call_later(deadline - now + 0.001, self._advance)
 
     def _stop(self, key: LeaseKey, why: Trouble) -> None:
@@ -305,11 +303,10 @@ class LeaseRunner:
             return
         outcome: Succeeded | Failed
         if isinstance(result, Ending):
-            limit = run.order.limits.limit_of(result.reason)
             outcome = Failed(
                 reason=result.reason,
                 message=result.message[:MAX_MESSAGE],
-                limit=limit,
+                limit=run.order.limits.limit_of(result.reason),
                 missing=result.missing,
                 signature=result.signature,
             )
@@ -346,10 +343,12 @@ class LeaseRunner:
             self._advance()
             known = await self._build(key, run, await run.slot, derivation)
             self._advance()
+            # What begins in its place sends its request first, before what is left to do here.
+            await asyncio.sleep(0)
             self._tell_stage(key, Stage.UPLOADING)
             built = await self._built(derivation, known, order.limits.output_bytes)
             return await self._upload(key, run, built, sources)
-        except RecipeBrokeDaemonError as error:
+        except (RecipeBrokeDaemonError, ConnectionLostError) as error:
             raise _Stopped(judge_trouble(error.trouble, str(error))) from None
         except InputError as error:
             ending = judge_trouble(Trouble.INPUT_MISSING, str(error))
@@ -359,8 +358,6 @@ class LeaseRunner:
         except DaemonOperationError as error:
             self._inputs.forget()
             raise _Stopped(judge_trouble(Trouble.DAEMON_REFUSED, str(error))) from None
-        except ConnectionLostError as error:
-            raise _Stopped(judge_trouble(Trouble.CONNECTION_LOST, str(error))) from None
         except (DaemonError, DaemonUnreachableError) as error:
             raise _Stopped(judge_trouble(Trouble.DAEMON_LOST, str(error))) from None
 
@@ -373,15 +370,17 @@ class LeaseRunner:
     async def _follow(self, run: _Run, sources: FarmSources) -> None:
         """Fetch what else a lease needs while that is built which it follows, then take what this made.
 
-        That is valid, and the connection that built it keeps it until it is rooted here: the cache is not asked.
+        That is rooted before it is there, so that neither the store nor the cache is asked for it once it is built.
         """
-        ahead = [self._runs.get((lease.step, lease.attempt)) for lease in run.order.after]
-        orders = [each.order for each in ahead if each is not None]
+        keys = [(lease.step, lease.attempt) for lease in run.order.after]
+        orders = [self._runs[key].order for key in keys if key in self._runs]
         made = [output.path for each in orders for output in (await parsed(each.derivation, each.inputs)).outputs]
         try:
             with run.record.span("inputs"):
                 await self._inputs.ensure(sorted({*run.order.inputs}.difference(made)), sources, run.record)
+                await self._inputs.expect(made)
             await run.released.wait()
+            self._inputs.arrived(made)
             await self._inputs.ensure(run.order.inputs, sources, run.record)
         except InputError as error:
             raise _Stopped(judge_trouble(Trouble.NOT_BUILT_HERE, str(error))) from None
@@ -492,7 +491,7 @@ class LeaseRunner:
         return Succeeded(outputs=outputs)
 
     def _stage(self, key: LeaseKey, state: LeaseState) -> Stage:
-        return Stage.QUEUED if self._machine.following.waits(key) else _STAGES[state]
+        return Stage.QUEUED if self._machine.following.waits(key) else _STAGES.get(state, Stage.QUEUED)
 
     def _tell_stage(self, key: LeaseKey, stage: Stage, phase: str = "") -> None:
         change = StageChange(step=key[0], attempt=key[1], stage=stage, phase=phase, at=self._clock.now())
