@@ -154,6 +154,10 @@ class Farm:
 
     def start(self, *, standby: bool = False) -> Farm:
         """Start, and return once it answers: as a leader, or that it stands by."""
+        if self.user is None:
+            # Clients that run side by side shall find their store: of two that make it at one time, one fails at times.
+            made = nix_store(self.eval_store, "--init")
+            assert made.returncode == 0, made.stderr
         self.launch()
         assert self._process is not None
         deadline = time.monotonic() + READY_WITHIN_S
