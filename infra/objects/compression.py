@@ -111,6 +111,24 @@ def unpacking_zstd(take: Callable[[bytes], None], most_bytes: int) -> Callable[[
     return feed
 
 
+def unpacking_whole(compression: str) -> Callable[[bytes, int], bytes] | None:
+    """Return what unpacks an object in memory, at most so many bytes of it; None for a compression that is not zstd.
+
+    It raises `DecodeError` for bytes that are not valid. Its decoder is made once, since it costs more than they do.
+    """
+    if compression != "zstd":
+        return None
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+
+    def unpack(data: bytes, most_bytes: int) -> bytes:
+        try:
+            return decompressor.stream_reader(data, read_across_frames=True).read(most_bytes)
+        except zstandard.ZstdError:
+            raise DecodeError("the file is not valid zstd") from None
+
+    return unpack
+
+
 class _Taker:
     """A file to write to."""
 

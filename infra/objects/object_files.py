@@ -11,8 +11,11 @@ from typing import Final
 INLINE_BYTES: Final = 64 * 1024
 
 
-def put_file(staged: Path, final: Path, data: bytes) -> None:
-    """Write a file as a whole, replacing what was there. Raises `OSError`; nothing is left then."""
+def put_file(staged: str, final: str, data: bytes) -> None:
+    """Write a file as a whole, replacing what was there. Raises `OSError`; nothing is left then.
+
+    Hot: a push of small paths writes thousands, and a `Path` takes as long as the file.
+    """
     try:
         descriptor = create(staged)
         try:
@@ -22,17 +25,17 @@ def put_file(staged: Path, final: Path, data: bytes) -> None:
         rename(staged, final)
     except BaseException:
         with suppress(OSError):
-            staged.unlink()
+            os.unlink(staged)  # noqa: PTH108 - no path object: see above
         raise
 
 
-def create(path: Path) -> int:
+def create(path: Path | str) -> int:
     """Return the descriptor of a new file, which the caller closes. Raises `OSError`."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
         return os.open(path, flags, 0o644)
     except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, flags, 0o644)
 
 
@@ -43,10 +46,10 @@ def write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def rename(source: Path, target: Path) -> None:
+def rename(source: Path | str, target: Path | str) -> None:
     """Name a file, replacing what was there. Raises `OSError`."""
     try:
-        source.replace(target)
+        os.replace(source, target)  # noqa: PTH105 - as in `put_file`
     except FileNotFoundError:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        source.replace(target)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source, target)  # noqa: PTH105 - as in `put_file`

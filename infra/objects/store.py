@@ -336,7 +336,7 @@ class LocalObjectStore(ObjectStore):
     def put_now(self, key: str, data: bytes) -> None:
         """Do the work of `put_bytes`, for loops over many keys in a thread."""
         with self._errors("write", key):
-            put_file(self._path(incoming_key()), self._path(key), data)
+            put_file(f"{self._root}/{incoming_key()}", f"{self._root}/{check_key(key)}", data)
 
     def put_pieces_now(self, pieces: Iterable[bytes], key: Callable[[], str]) -> None:
         """Write an object of any size in a thread; `key` names it at its end. Where either raises, nothing is left."""

@@ -1,7 +1,8 @@
 """An object's NAR, decompressed and held against what was promised of it.
 
 `VerifiedNar` is the reader of NAR objects: publishing discards what it yields, workers unpack it. `ArrivingNar` unpacks
-and hashes an object while it comes, so that it need not be read back. Both run where they may block (a
+and hashes an object while it comes, so that it need not be read back. `SmallNars` looks at whole small objects in
+memory, thousands of them: it says only whether one holds. All run where they may block (a
 thread; hashing and decompression release the interpreter lock) and holds about one READ_BYTES of each side and the
 decoder's bounded memory (`compression`), whatever the object claims: output is taken from the decompressor in bounded
 pieces, and reading stops once it exceeds the promised size, so a small object that unpacks to terabytes costs no more
@@ -14,7 +15,7 @@ from hashlib import sha256
 
 from infra.nix.hashing import sha256_text
 from infra.nix.narinfo import NarInfo
-from infra.objects.compression import DecodeError, unpacker, unpacking_zstd
+from infra.objects.compression import DecodeError, unpacker, unpacking_whole, unpacking_zstd
 from infra.objects.errors import CorruptNarError, ObjectStoreError
 from infra.objects.store import READ_BYTES, BlockingSource
 
@@ -129,6 +130,26 @@ class ArrivingNar:
         if self._size > self._most:
             raise DecodeError("it unpacks to more than was promised")
         self._hash.update(nar)
+
+
+class SmallNars:
+    """Holds whole small objects against what is claimed of their NARs; for one thread at a time."""
+
+    def __init__(self, compression: str) -> None:
+        self._unpack = unpacking_whole(compression)
+
+    def proves(self, content: bytes, nar_hash: str, nar_size: int) -> bool:
+        """Return whether an object is this NAR, of which at most one byte more than `nar_size` is unpacked.
+
+        False is no reason; `verify_nar` names one, or takes the object where this does not read its compression.
+        """
+        if self._unpack is None:
+            return False
+        try:
+            nar = self._unpack(content, nar_size + 1)
+        except DecodeError:
+            return False
+        return len(nar) == nar_size and sha256_text(sha256(nar).digest()) == nar_hash
 
 
 def verify_nar(source: BlockingSource, promise: NarInfo) -> None:

@@ -1,4 +1,4 @@
-"""An object that is unpacked while it arrives: proven are exactly those that reading them whole finds sound."""
+"""Objects unpacked while they arrive, or small in memory: proven are exactly those that reading finds sound."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from infra.nix.narinfo import NarInfo, StoredNar
 from infra.nix.path_info import PathInfo
 from infra.objects.errors import CorruptNarError
 from infra.objects.store import READ_BYTES
-from infra.objects.verification import ArrivingNar, verify_nar
+from infra.objects.verification import ArrivingNar, SmallNars, verify_nar
 from tests.support.cache import store_path
 
 NAR = os.urandom(100_000) + bytes(READ_BYTES + 50_000)
@@ -59,6 +59,20 @@ def test_an_object_is_proven_however_it_is_cut(cuts: list[int]) -> None:
     assert is_proven("none", NAR, cuts, NAR)
 
 
+def test_one_decoder_proves_small_objects_after_those_that_it_refuses() -> None:
+    nars = SmallNars("zstd")
+    for data, nar, proven in (
+        (WHOLE, NAR, True),
+        (WHOLE[:-9], NAR, False),
+        (frames(b"a"), b"a", True),
+        (b"x" * 1000, b"a", False),
+        (frames(b"a", b"", b"b"), b"ab", True),
+        (frames(b"ab"), b"a", False),
+        (WHOLE, NAR, True),
+    ):
+        assert nars.proves(data, hash_of(nar), len(nar)) is proven
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -79,6 +93,7 @@ def test_an_object_is_proven_however_it_is_cut(cuts: list[int]) -> None:
 def test_what_reading_it_whole_refuses_is_not_proven(data: bytes) -> None:
     assert not is_sound("zstd", data, NAR)
     assert not is_proven("zstd", data, [len(data) // 2], NAR)
+    assert not SmallNars("zstd").proves(data, hash_of(NAR), len(NAR))
 
 
 def test_a_bomb_is_unpacked_no_further_than_its_claim() -> None:
@@ -88,6 +103,7 @@ def test_a_bomb_is_unpacked_no_further_than_its_claim() -> None:
     # It is broken now: nothing more is unpacked, and no claim holds.
     arriving.feed(WHOLE)
     assert not arriving.proves(hash_of(bytes(1000)), 1000)
+    assert not SmallNars("zstd").proves(bomb, hash_of(bytes(1000)), 1000)
 
 
 def test_what_is_not_unpacked_in_pieces_says_so() -> None:
