@@ -20,8 +20,9 @@ from infra.clock import Clock
 from infra.nix.store_path import package_of
 from scheduler.model import StepKey
 
-#: Seconds from a change to its batch, and attempts of one batch: its rows are some milliseconds of the writer's thread.
-WRITE_EVERY_S: Final = 0.5
+#: Seconds from a change to its batch, and attempts of one batch: its rows are some milliseconds of the writer's thread,
+#: and its transaction costs the loop as much as a hundred of them. Readers do not wait for it (`flush`).
+WRITE_EVERY_S: Final = 2.0
 BATCH_ROWS: Final = 500
 #: Seconds until the store is tried again, first and longest.
 RETRY_FIRST_S: Final = 1.0

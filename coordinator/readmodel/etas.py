@@ -36,6 +36,8 @@ WANTED_S: Final = 90.0
 PAUSE_S: Final = 0.25
 PAUSE_PER_STEP_S: Final = 0.000_2
 PAUSE_PART_OF_NEW: Final = 0.25
+#: Seconds more between two passes where nothing of that kind is asked for: people see ends to the second.
+KNOWN_S: Final = 0.75
 #: Seconds after which what has not moved is worked out anew, because time has passed.
 STALE_S: Final = 30.0
 #: Seconds by which an end has to move before watchers are sent it, at least and as a part of what is left.
@@ -151,7 +153,7 @@ class Etas:
         rest_s = self._walked * PAUSE_PER_STEP_S
         await asyncio.sleep(PAUSE_S + PAUSE_PART_OF_NEW * rest_s)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout((1 - PAUSE_PART_OF_NEW) * rest_s):
+            async with asyncio.timeout(max(KNOWN_S, (1 - PAUSE_PART_OF_NEW) * rest_s)):
                 await self._lacking.wait()
 
     def _is_fresh(self) -> bool:

@@ -165,11 +165,12 @@ def test_what_is_kept_of_foreseen_ends_is_bounded(driven: DrivenViews) -> None:
     assert etas.wanted == WANTED
 
 
+@pytest.mark.parametrize("pause", ["PAUSE_PER_STEP_S", "KNOWN_S"])
 async def test_passes_rest_for_all_that_they_walk_unless_an_end_is_asked_for_that_none_has_worked_out(
-    driven: DrivenViews, monkeypatch: pytest.MonkeyPatch
+    driven: DrivenViews, monkeypatch: pytest.MonkeyPatch, pause: str
 ) -> None:
     monkeypatch.setattr(etas_module, "PAUSE_S", 0.0)
-    monkeypatch.setattr(etas_module, "PAUSE_PER_STEP_S", 3600.0)
+    monkeypatch.setattr(etas_module, pause, 3600.0)
     monkeypatch.setattr(etas_module, "PAUSE_PART_OF_NEW", 0.0)
     driven.tell(submission("s", "a", spec("a", "b"), spec("b")), submission("t", "c", spec("c")))
     one, two = driven.views.submission("s"), driven.views.submission("t")

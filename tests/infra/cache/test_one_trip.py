@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from infra.cache.catalog.database import FencingToken, open_metadata, read_by, refs, write_by
+from infra.cache.catalog.database import POOL_SIZE, FencingToken, open_metadata, read_by, reading, refs, write_by
 from infra.cache.errors import CacheFencedError, MetadataError
 from infra.cache.publishing.publisher import _INSERT_PATHS, _INSERT_REFS, _PATH_COLUMNS
 from infra.database_work import Apart, Ask, Work
+
+#: Only ends a test that hangs.
+PATIENCE_S = 30.0
 
 
 def _row(letter: str) -> dict[str, object]:
@@ -77,4 +80,26 @@ async def test_work_whose_caller_is_cancelled_ends_before_the_next_begins(tmp_pa
         assert len(await read_by(database, _looking, small=True)) == 2
     finally:
         leave.set()
+        await database.close()
+
+
+async def test_trips_open_the_connections_that_they_lack_and_wait_for_those_that_are_in_use(tmp_path: Path) -> None:
+    database = await open_metadata(f"sqlite+aiosqlite:///{tmp_path}/cache.sqlite")
+    together = threading.Barrier(3)
+
+    def meeting() -> Work[list[Any]]:
+        yield Apart(1, lambda: together.wait(PATIENCE_S))
+        return (yield from _looking())
+
+    try:
+        async with reading(database) as connection:
+            # It stays in the pool, and is opened again by the next one that gets it.
+            await connection.invalidate()
+        for _ in range(2):
+            trips = [read_by(database, meeting, small=True) for _ in range(together.parties)]
+            assert await asyncio.gather(*trips) == [[]] * together.parties
+        many = 20 * POOL_SIZE
+        assert await asyncio.gather(*[read_by(database, _looking, small=True) for _ in range(many)]) == [[]] * many
+    finally:
+        together.abort()
         await database.close()
