@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import field
 from pathlib import Path
 
@@ -201,7 +202,7 @@ async def test_what_the_farm_has_lost_between_question_and_submission_is_sent_ag
     forgetful = SentParts()
     async with open_farm() as farm:
         await sent(farm, store, above, before=forgetful)
-    with sqlite3.connect(tmp_path / "farm/derivations.sqlite3") as database:
+    with closing(sqlite3.connect(tmp_path / "farm/derivations.sqlite3")) as database, database:
         database.execute("DELETE FROM derivations")
     async with open_farm() as farm:
         more = make.plain("more", [above])

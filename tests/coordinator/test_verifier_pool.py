@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -71,7 +72,7 @@ async def opened(directory: Path, pool: VerifierPool | None, graphs: Sequence[Se
             except IntakeError as error:
                 said.append((error.code, str(error)))
     await derivations.close()
-    with sqlite3.connect(directory / "derivations.sqlite3") as database:
+    with closing(sqlite3.connect(directory / "derivations.sqlite3")) as database:
         said += database.execute("SELECT * FROM derivations ORDER BY drv").fetchall()
         said += database.execute("SELECT * FROM derivation_outputs ORDER BY path").fetchall()
     return said

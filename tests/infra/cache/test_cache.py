@@ -6,6 +6,7 @@ import asyncio
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -291,14 +292,13 @@ async def test_what_a_crash_leaves_is_invisible_and_in_nobodys_way(tmp_path: Pat
 async def test_nothing_is_visible_of_a_publish_whose_transaction_fails(tmp_path: Path) -> None:
     async with open_cache(tmp_path) as cache:
         claims = [await uploaded_claim(cache, A), await uploaded_claim(cache, B, references=[A])]
-        with sqlite3.connect(tmp_path / "cache.sqlite") as vandal:
+        with closing(sqlite3.connect(tmp_path / "cache.sqlite")) as vandal, vandal:
             vandal.execute("CREATE TRIGGER full BEFORE INSERT ON refs BEGIN SELECT RAISE(ABORT, 'disk full'); END")
         with pytest.raises(MetadataError, match="disk full"):
             await cache.publish(claims)
         assert await cache.missing([A, B]) == {A, B}
-        with sqlite3.connect(tmp_path / "cache.sqlite") as vandal:
+        with closing(sqlite3.connect(tmp_path / "cache.sqlite")) as vandal, vandal:
             vandal.execute("DROP TRIGGER full")
-        vandal.close()
         assert await cache.publish(claims) == [Published(A), Published(B)]
 
 
@@ -336,13 +336,12 @@ async def test_a_question_that_fails_is_an_error_for_each_who_asked(tmp_path: Pa
     async with open_cache(tmp_path) as cache:
         await publish(cache, A)
     async with open_cache(tmp_path) as cache:
-        with sqlite3.connect(tmp_path / "cache.sqlite") as vandal:
+        with closing(sqlite3.connect(tmp_path / "cache.sqlite")) as vandal, vandal:
             vandal.execute("ALTER TABLE paths RENAME TO away")
         failed = await asyncio.gather(*(cache.narinfo(base_name(A)[:32]) for _ in range(3)), return_exceptions=True)
         assert all(isinstance(error, MetadataError) for error in failed)
-        with sqlite3.connect(tmp_path / "cache.sqlite") as vandal:
+        with closing(sqlite3.connect(tmp_path / "cache.sqlite")) as vandal, vandal:
             vandal.execute("ALTER TABLE away RENAME TO paths")
-        vandal.close()
         assert await visible(cache, A)
 
 
