@@ -34,7 +34,7 @@ from coordinator.readmodel.watcher import Watcher
 from scheduler.pauses import Pause
 
 #: Seconds between two writes of one stream: at least, and at most where there is something new.
-LEAST_PAUSE_S: Final = 0.08
+LEAST_PAUSE_S: Final = 0.05
 PAUSE_S: Final = 0.2
 #: Seconds of silence before a comment.
 COMMENT_S: Final = 10.0
