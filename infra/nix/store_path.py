@@ -15,7 +15,6 @@ from typing import Final
 
 from infra.nix import base32
 from infra.nix.errors import FormatError
-from infra.nix.hashing import compress_hash
 
 #: Characters of a hash part: 20 bytes in nix32.
 HASH_PART_LENGTH: Final = 32
@@ -25,6 +24,7 @@ HASH_PART_PATTERN: Final = f"{base32.DIGIT_PATTERN}{{{HASH_PART_LENGTH}}}"
 MAX_NAME_LENGTH: Final = 211
 
 _HASH_CHARS: Final = base32.ALPHABET
+_HASH_PART_BITS: Final = (1 << 160) - 1
 _NAME: Final = r"(?!\.{1,2}(?:-|\Z))[0-9A-Za-z+\-._?=]{1,211}"
 _NAME_PATTERN: Final = re.compile(rf"{_NAME}\Z")
 _BASE_NAME_PATTERN: Final = re.compile(rf"([{_HASH_CHARS}]{{32}})-({_NAME})\Z")
@@ -169,7 +169,9 @@ class StoreDir:
         if not _NAME_PATTERN.match(name):
             raise FormatError("not a valid store path name", offset=0, subject="store path")
         text = f"{path_type}:sha256:{inner_hex}:{self.path}:{name}"
-        return f"{self.path}/{base32.encode(compress_hash(sha256(text.encode()).digest()))}-{name}"
+        digest = int.from_bytes(sha256(text.encode()).digest(), "little")
+        # Folded to 20 bytes as `hashing.compress_hash` does it.
+        return f"{self.path}/{base32.encode_short((digest & _HASH_PART_BITS) ^ (digest >> 160))}-{name}"
 
     def make_text_path(self, name: str, content_sha256_hex: str, refs: Iterable[str] = ()) -> str:
         """The path of a text file (`builtins.toFile`, a .drv) with the content hash and references given.

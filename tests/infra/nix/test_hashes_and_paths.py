@@ -58,6 +58,16 @@ def test_folding_is_the_xor_of_bytes_at_equal_positions(digest: bytes) -> None:
     assert hashing.compress_hash(digest) == bytes(expected)
 
 
+@given(st.binary(min_size=32, max_size=32))
+def test_a_hash_part_is_the_folded_hash_in_nix32(digest: bytes) -> None:
+    folded = hashing.compress_hash(digest)
+    assert base32.encode_short(int.from_bytes(folded, "little")) == base32.encode(folded)
+    inner = digest.hex()
+    text = f"output:out:sha256:{inner}:/nix/store:x"
+    expected = base32.encode(hashing.compress_hash(sha256(text.encode()).digest()))
+    assert NIX_STORE.make_output_path(inner, "out", "x") == f"/nix/store/{expected}-x"
+
+
 def test_the_path_vectors_of_the_format_page_hold() -> None:
     assert NIX_STORE.make_text_path("x", sha256(b"abc").hexdigest()) == "/nix/store/vylz2d5mzcgx8z67q4xi43zhzf5zrld5-x"
     assert (
