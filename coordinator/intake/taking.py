@@ -3,6 +3,9 @@
 The stream is cut into pieces. While one is verified, the next is read and the one before is written; so at most three
 are in memory, and pieces are written in order, each whole and in one transaction. A large derivation goes alone, once
 all before it is written, and is written before anything else is read, because its room is given back then.
+
+The cycle collector rests while a piece is verified or written, because it would walk the thousands of records that a
+piece leaves, and not while the next one is waited for.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from coordinator.intake.verification import StreamVerifier
 from coordinator.intake.verifier_pool import VerifierPool
 from coordinator.stores.derivation_records import PackedDerivation
 from coordinator.stores.derivations import DerivationStore
+from infra.collector import collector_paused
 from infra.nix.store_path import StoreDir
 
 #: Inflated bytes and derivations of one piece.
@@ -89,15 +93,17 @@ class DerivationTaker:
         self._verifying = asyncio.create_task(self._take_piece(piece))
 
     async def _take_piece(self, piece: list[tuple[str, bytes]]) -> None:
-        verified = await self._verifier.verify(piece)
-        piece.clear()
-        await self._written()
+        with collector_paused():
+            verified = await self._verifier.verify(piece)
+            piece.clear()
+            await self._written()
         self._writing = asyncio.create_task(self._write(verified))
 
     async def _write(self, verified: Sequence[PackedDerivation]) -> None:
-        await self._derivations.add_packed(verified)
-        self.count += len(verified)
-        self._on_written(verified)
+        with collector_paused():
+            await self._derivations.add_packed(verified)
+            self.count += len(verified)
+            self._on_written(verified)
 
     async def _verified(self) -> None:
         if self._verifying is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -157,3 +158,18 @@ async def test_a_process_is_told_once_of_each_input_in_one_stream(
         assert len(streams) == 2
         for stream in streams:
             assert sum(map(len, stream)) == len(set[str]().union(*stream))
+
+
+async def test_the_collector_rests_while_a_piece_is_taken_and_not_while_the_next_is_waited_for(
+    tmp_path: Path, graph: Sequence[Made]
+) -> None:
+    derivations = DerivationStore.open(f"sqlite+aiosqlite:///{tmp_path}/derivations.sqlite3")
+    await derivations.prepare()
+    at_work: list[bool] = []
+    taker = taking.DerivationTaker(derivations, STORE, None, lambda _: at_work.append(gc.isenabled()))
+    async with taker:
+        await taker.take([(made.name, made.data) for made in graph])
+        await taker.finish()
+        assert gc.isenabled()
+    assert at_work == [False] * 3
+    await derivations.close()
