@@ -17,6 +17,9 @@ plan nothing. Targets: 0.3 x of the first and 4 x of the second on two cores.
 Beside the wall time stands the processor time of this process and of its children in each stage. From those of the
 stream follows what more cores can give at best: this process is one thread's worth of Python, its children divide
 their work.
+
+The coordinator's part runs as in a coordinator: its threads give way soon, long collections are rare, and none happens
+while a submission is planned and taken.
 """
 
 from __future__ import annotations
@@ -44,10 +47,12 @@ from coordinator.intake.intake import Intake
 from coordinator.intake.verifier_pool import VerifierPool
 from coordinator.stores.derivations import DerivationStore
 from infra.cache.cache import Cache
+from infra.collector import collector_paused, long_collections_kept_rare
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.nix.signing import generate
 from infra.nix.store_path import StoreDir, base_name_of
 from infra.objects.store import open_object_store
+from infra.thread_switches import switching_often
 from scheduler.farm import Farm
 from scheduler.model import Instant, SubmissionId
 from tests.benchmarks.processes import children_processor_s
@@ -222,10 +227,11 @@ async def ingest(root: Path, state: Path, roots: list[Made], processes: int) -> 
     await intake.add_derivations(_pieces(stream))
     laps.lap("stream")
     request = SubmitRequest(roots=tuple(RootRequest(attr=made.name, drv=made.drv) for made in roots))
-    planned = await intake.submit(request)
-    laps.lap("plan")
-    farm.handle(planned.event(SubmissionId("bench")), Instant(1.0))
-    laps.lap("accept")
+    with collector_paused():
+        planned = await intake.submit(request)
+        laps.lap("plan")
+        farm.handle(planned.event(SubmissionId("bench")), Instant(1.0))
+        laps.lap("accept")
     if verifiers is not None:
         await verifiers.close()
     await cache.close()
@@ -322,7 +328,11 @@ def main() -> None:
             for processes, runs in ours.items():
                 state = top / f"state-{run}-{processes}"
                 (state / "objects").mkdir(parents=True)
-                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                with (
+                    switching_often(),
+                    long_collections_kept_rare(),
+                    asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+                ):
                     runs.append(runner.run(ingest(top / "client", state, roots, processes)))
                 shown = ", ".join(f"{name} {stage.wall:.2f}" for name, stage in runs[-1].items())
                 progress(f"run {run + 1}, {processes} processes: {shown} s")
