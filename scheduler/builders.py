@@ -50,13 +50,14 @@ class Builders:
             builder.followers[step.key] = step
         else:
             builder.memory_bytes += step.memory_bytes
+            builder.free -= 1
+            if builder.free <= 0:
+                self.free.pop(builder.id, None)
         builder.moves += 1
         for need in step.needs:
             if need.output_bytes >= LEAST_BYTES:
                 arrive(step, builder.place)
                 break
-        if len(builder.leases) - len(builder.followers) >= builder.capacity:
-            self.free.pop(builder.id, None)
 
     def has_built(self, step: Step, id_: BuilderId) -> None:
         """Clear a builder that has built something; faults of others with that step are theirs now."""
@@ -87,16 +88,17 @@ class Builders:
         del builder.leases[step.key]
         if not builder.followers or builder.followers.pop(step.key, None) is None:
             builder.memory_bytes -= step.memory_bytes
+            builder.free += 1
         builder.moves += 1
-        # One that is free stays so.
-        if builder.id not in self.free:
-            self._count_slots(builder)
+        if builder.free > 0 and builder.willing:
+            self.free[builder.id] = builder
 
     def take_place(self, step: Step, at: Instant) -> None:
         """Let a follower begin, whose last need was built: it counts as any lease from now on."""
         builder = self.known[step.builder]
         del builder.followers[step.key]
         builder.memory_bytes += step.memory_bytes
+        builder.free -= 1
         builder.moves += 1
         step.asked_at = max(step.asked_at, at)
         self._count_slots(builder)
@@ -104,6 +106,7 @@ class Builders:
     def _offer(self, builder: Builder, capacity: int) -> None:
         """Note the leases that a builder may hold, and what its queues can do with these."""
         if builder.capacity != capacity:
+            builder.free += capacity - builder.capacity
             builder.capacity = capacity
             for queue in builder.queues:
                 queue.measure_power()
@@ -227,6 +230,7 @@ class Builders:
         builder = self.known[id_] = Builder(id_, heard)
         builder.leases = {step.key: step for step in leases}
         builder.memory_bytes = sum([step.memory_bytes for step in builder.leases.values()])
+        builder.free = -len(builder.leases)
 
     def resumed(self, at: Instant) -> None:
         """Start the time of all leases anew; forget the builders of a journal that have none."""

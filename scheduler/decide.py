@@ -133,15 +133,18 @@ class Decider:
 
     def due(self, now: Instant) -> Iterator[f.FactOrPause]:
         """Yield what the passing of time has decided: silent builders, back-offs and quarantines that ended."""
+        state = self._state
         yield from self._builder_rules.due(now)
-        while (first := self._state.deadlines.first) is not None and first[0] <= now:
+        while (first := state.deadlines.first) is not None and first[0] <= now:
             yield f.SubmissionWithdrawn(first[1], now, Withdrawal.DEADLINE)
-        yield from self._settle(now)
-        delayed = self._state.ready.delayed
+        if state.orphans or state.failing:
+            yield from self._settle(now)
+        delayed = state.ready.delayed
         while delayed and delayed[0][0] <= now:
             yield f.BackOffEnded(delayed[0][2].key)
         yield from self._forsaken.due(now)
-        yield from self._settle(now)
+        if state.orphans or state.failing:
+            yield from self._settle(now)
 
     def deadline(self) -> Instant | None:
         """Return the instant at which `due` may next yield a fact."""

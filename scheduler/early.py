@@ -120,4 +120,5 @@ class EarlyLeases:
                 builder = builders[step.builder]
                 builder.followers[step.key] = step
                 builder.memory_bytes -= step.memory_bytes
+                builder.free += 1
         self._restored = []

@@ -6,9 +6,9 @@ exit and replay: the state here is already ahead of the journal.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain, islice
 
 from scheduler.considered import Considered, considered
 from scheduler.decide import Decider
@@ -79,9 +79,9 @@ class Farm:
         effects: list[Effect] = []
         decider = self._decider
         self._queue_positions.forget()
-        yield from self._take(decider.decide(events, now), now, facts, effects)
+        decided = decider.decide(events, now)
+        yield from self._take(chain(decided, decider.due(now)) if grant else decided, now, facts, effects)
         if grant:
-            yield from self._take(decider.due(now), now, facts, effects)
             if self.state.ready.crowded:
                 self._sweeps = True
                 yield from self.state.ready.sweeping()
@@ -147,11 +147,12 @@ class Farm:
                 if joined or len(turned) > PIECE:
                     yield from self._telling(now, facts)
                 else:
-                    facts.extend([_turning(step, now) for step in turned])
+                    for step in turned:
+                        facts.append(_turning(step, now))  # noqa: PERF401  most are one, for which a list takes longer
                     turned.clear()
             reaction = reaction_to(type(fact))
             if reaction is not None:
-                effects.extend(reaction(state, fact))
+                effects += reaction(state, fact)
             if discarded:
                 # That takes as long as many facts.
                 state.ready.shed()
@@ -255,14 +256,14 @@ class Farm:
     def above(self, step: StepKey, most: int) -> list[StepKey]:
         """Return wanted steps that need this one, those nearest to a root first; `most` are looked at."""
         known = self.state.steps.get(step)
-        nearest = itertools.islice(() if known is None else known.dependents, most)
+        nearest = islice(() if known is None else known.dependents, most)
         return [each.key for each in sorted(nearest, key=lambda each: (each.depth, each.sequence))]
 
     def open_needs(self, step: StepKey, most: int) -> list[StepKey]:
         """Return the first `most` of the needs of a wanted step that are not done."""
         known = self.state.steps.get(step)
         needs = () if known is None else known.needs
-        return [need.key for need in itertools.islice((n for n in needs if n.state is not StepState.DONE), most)]
+        return [need.key for need in islice((n for n in needs if n.state is not StepState.DONE), most)]
 
     def needs(self, step: StepKey) -> tuple[StepKey, ...]:
         """Return the needs of the recipe in use, finished or not."""

@@ -72,27 +72,22 @@ class _Room:
 class FetchingAhead:
     """The hints that were given, of each builder the last one."""
 
-    __slots__ = ("_hints", "_of_step", "_rooms", "_state", "look_at")
+    __slots__ = ("_of_step", "_rooms", "_state", "given", "look_at")
 
     def __init__(self, state: FarmState, rooms: Rooms) -> None:
         self._state = state
         self._rooms = rooms
-        #: By builder, and of each step the last one.
-        self._hints: dict[BuilderId, _Hint] = {}
+        #: By builder: what it fetches, or has fetched, and of each step the last one.
+        self.given: dict[BuilderId, _Hint] = {}
         self._of_step: dict[Step, _Hint] = {}
         #: When to `look` again, at the earliest.
         self.look_at = 0.0
-
-    @property
-    def given(self) -> bool:
-        """True if a builder fetches, or has fetched, for a step that is still ready."""
-        return bool(self._hints)
 
     def look(self, now: Instant, effects: list[Effect]) -> Iterator[Pause]:
         """Add the hints that are due to `effects`."""
         self.look_at = now + max(LOOK_EVERY_S, LOOK_A_BUILDER_S * len(self._state.builders))
         queues = [queue for queue in self._state.ready.queues.values() if queue.lanes and queue.builders]
-        if self._hints:
+        if self.given:
             self._forget()
         used: dict[BuilderId, int] = {}
         for queue in sorted(queues, key=lambda each: each.head) if len(queues) > 1 else queues:
@@ -104,7 +99,7 @@ class FetchingAhead:
 
     def instead_of(self, first: Step, builder: Builder, now: Instant) -> Step:
         """Return the step that a builder with room takes, where `first` is in turn: perhaps what it fetched for."""
-        mine = self._hints.get(builder.id)
+        mine = self.given.get(builder.id)
         if mine is None or mine.step is first or not mine.stands(self._state):
             return first
         step, other = mine.step, self._of_step.get(first)
@@ -116,10 +111,10 @@ class FetchingAhead:
 
     def _forget(self) -> None:
         """Forget the hints of steps that have begun, and of builders that are gone or have deleted something."""
-        if all(hint.stands(self._state) for hint in self._hints.values()):
+        if all(hint.stands(self._state) for hint in self.given.values()):
             return
-        self._hints = {id_: hint for id_, hint in self._hints.items() if hint.stands(self._state)}
-        self._of_step = {hint.step: hint for hint in self._hints.values()}
+        self.given = {id_: hint for id_, hint in self.given.items() if hint.stands(self._state)}
+        self._of_step = {hint.step: hint for hint in self.given.values()}
 
     def _rooms_of(self, queue: Queue, used: dict[BuilderId, int], now: Instant) -> Generator[Pause, None, list[_Room]]:
         """Return the rooms that come first, of builders that have none now."""
@@ -161,13 +156,13 @@ class FetchingAhead:
                 yield step, room.builder
 
     def _hint(self, step: Step, builder: Builder, now: Instant, effects: list[Effect]) -> None:
-        before, earlier = self._hints.get(builder.id), self._of_step.get(step)
+        before, earlier = self.given.get(builder.id), self._of_step.get(step)
         if before is not None and before.step is step:
             return
         if before is not None and self._of_step.get(before.step) is before:
             del self._of_step[before.step]
         hint = _Hint(step, step.active, builder, builder.place, now if earlier is None else earlier.since)
-        self._hints[builder.id] = self._of_step[step] = hint
+        self.given[builder.id] = self._of_step[step] = hint
         effects.append(FetchAhead(step.key, step.active, builder.id))
 
 

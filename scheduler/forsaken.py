@@ -74,7 +74,9 @@ class Forsaken:
 
     def due(self, now: Instant) -> Iterator[f.FactOrPause]:
         """Give up the steps whose time is over; start the time of those that have come to wait."""
-        if not (self._waiting or self._heap or self._state.ready.forsaken or self._state.ready.deserted):
+        ready = self._state.ready
+        looks = self._heap and self._heap[0][0] <= now
+        if not (looks or ready.forsaken or ready.deserted or self._should_look_again()):
             return
         yield from self._take_note(now)
         if self._should_look_again() and now >= self._looked_at + LOOK_AGAIN_S:

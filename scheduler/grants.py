@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
 from itertools import islice
+from operator import attrgetter
 
 from scheduler import facts as f
 from scheduler.fetching_ahead import FetchingAhead
@@ -48,21 +49,20 @@ class Grants:
             return
         placement = Placement(now, self._rooms)
         if self._state.free:
-            yield from self._grant_ready(placement, now)
+            yield from self._lease_ready(placement, now)
+            self.look_again = placement.look_again
+        if self._state.free:
+            yield from self._move(placement, now)
         if self._state.early.fresh:
             yield from self._succession.grant(placement, now)
 
-    def _grant_ready(self, placement: Placement, now: Instant) -> Iterator[f.FactOrPause]:
-        yield from self._lease_ready(placement, now)
-        look_again = placement.look_again
-        if self._state.free:
-            if (yield from self._moves.move(self._state, placement, now)):
-                # Where they ran is room now.
-                again = Placement(now, self._rooms)
-                yield from self._lease_ready(again, now)
-                look_again = again.look_again
-            look_again = min(look_again, self._moves.look_again)
-        self.look_again = look_again
+    def _move(self, placement: Placement, now: Instant) -> Iterator[f.FactOrPause]:
+        """Let builds move to rooms that no ready step takes, and grant leases where they ran."""
+        if (yield from self._moves.move(self._state, placement, now)):
+            again = Placement(now, self._rooms)
+            yield from self._lease_ready(again, now)
+            self.look_again = again.look_again
+        self.look_again = min(self.look_again, self._moves.look_again)
 
     def _lease_ready(self, placement: Placement, now: Instant) -> Iterator[f.FactOrPause]:
         """Grant leases of ready steps."""
@@ -120,8 +120,11 @@ class Grants:
         return None
 
 
+_id = attrgetter("id")
+
+
 def _able(queue: Queue, free: Mapping[BuilderId, Builder]) -> list[Builder]:
-    return [builder for builder in free.values() if builder.id in queue.builders]
+    return sorted([builder for builder in free.values() if builder.id in queue.builders], key=_id)
 
 
 def _drop(builder: Builder, able_of: Mapping[Queue, list[Builder]]) -> None:

@@ -189,6 +189,8 @@ def _check_builders(state: FarmState) -> None:
         for step in builder.leases.values():
             held = step.state is StepState.LEASED and step.builder == builder.id
             _require(held, f"{builder.id} holds {step}, which is not its lease")
+        free = builder.capacity - len(builder.leases) + len(builder.followers)
+        _require(builder.free == free, f"{builder.id} counts {builder.free} free places and has {free}")
         free = builder.willing and builder.free > 0
         _require((builder.id in state.free) == free, f"{builder.id} is listed as free wrongly")
         held_back = state.quarantined.get(builder.id) is builder

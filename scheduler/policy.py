@@ -57,7 +57,7 @@ class Policy(Protocol):
         """Return an owner's weight, from 1 to `MAX_WEIGHT`: its share of grants beside those of others that wait."""
 
     def place(self, step: Step, builders: Sequence[Builder]) -> Builder:
-        """Choose one of `builders`, which all can take the step now; never empty."""
+        """Choose one of `builders`, which all can take the step now, in the order of their ids; never empty."""
 
     def back_off_s(self, step: StepKey, failures: int) -> float:
         """Return the seconds to wait after the given number (from 1) of failures in this life."""
@@ -89,10 +89,8 @@ class LongestPathFirst:
         """Return the builder with most free capacity, the first by id among equals."""
         best, most = builders[0], builders[0].free
         for builder in builders:
-            # As `Builder.free`, spelled out: this is the core's innermost loop.
-            room = builder.capacity - len(builder.leases) + len(builder.followers)
-            if room > most or (room == most and builder.id < best.id):
-                best, most = builder, room
+            if builder.free > most:
+                best, most = builder, builder.free
         return best
 
     def back_off_s(self, step: StepKey, failures: int) -> float:

@@ -19,12 +19,16 @@ def react(state: FarmState, fact: f.Fact) -> Sequence[Effect]:
 
 
 def _start(state: FarmState, fact: f.StepLeased) -> Sequence[Effect]:
-    return (StartBuild(fact.lease, fact.builder, fact.recipe, _leases_ahead(state.steps[fact.lease.step])),)
+    # Where nothing follows anything no step is looked up, as there is one of these for each build.
+    ahead = _leases_ahead(state.steps[fact.lease.step]) if state.early.counts else ()
+    return (StartBuild(fact.lease, fact.builder, fact.recipe, ahead),)
 
 
 def _publish(state: FarmState, fact: f.StepBuilt) -> Sequence[Effect]:
     # What refers to outputs that are not published yet follows them.
-    return () if state.steps[fact.lease.step].follows else (PublishOutputs(fact.lease, fact.evidence),)
+    if state.early.counts and state.steps[fact.lease.step].follows:
+        return ()
+    return (PublishOutputs(fact.lease, fact.evidence),)
 
 
 def _publish_behind(state: FarmState, _fact: f.StepDone) -> Sequence[Effect]:

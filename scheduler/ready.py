@@ -178,7 +178,7 @@ class ReadyIndex:
             if lane is None:
                 continue
             if lane.heap[0][2] is step:
-                self._prune(queue, stake, lane)
+                self._uncover(queue, stake, lane)
             else:
                 lane.stale += 1
                 # One that is to be pruned may hold nothing else.
@@ -211,7 +211,8 @@ class ReadyIndex:
         if not tags:
             return
         for other in builder.queues:
-            other.virtual = max(other.virtual, least)
+            if other.virtual < least:  # noqa: PLR1730  calling max takes longer, here and below
+                other.virtual = least
             if other.lanes:
                 _charge(other, step, tags, turn)
 
@@ -226,6 +227,15 @@ class ReadyIndex:
         queue.close(stake)
         if len(heap) > PIECE:
             self.discarded.append(heap)
+
+    def _uncover(self, queue: Queue, stake: int, lane: Lane) -> None:
+        """The first step of a lane has left it: most often what comes up is live."""
+        heap = lane.heap
+        heappop(heap)
+        if not heap:
+            queue.close(stake)
+        elif heap[0][2].queue is not queue or heap[0][2].rank != -heap[0][0]:
+            self._prune(queue, stake, lane)
 
     def _prune(self, queue: Queue, stake: int, lane: Lane) -> None:
         if not _is_pruned(queue, stake, lane, FEW_STALE):
@@ -306,7 +316,7 @@ class ReadyIndex:
         return self._homes.get((requirements.system, requirements.features))
 
     def _queue_of(self, step: Step) -> Queue:
-        requirements = step.recipe.requirements
+        requirements = step.recipes[step.active].requirements
         if step.avoid:
             return self._queue(requirements, step.avoid)
         if step.home is None:
@@ -355,7 +365,8 @@ def _charge(queue: Queue, step: Step, tags: dict[str, int], turn: int) -> None:
         group = queue.groups.get(owner)
         if group is not None:
             group.turn = turn
-            group.tag = max(group.tag, tag)
+            if group.tag < tag:  # noqa: PLR1730
+                group.tag = tag
     lanes = queue.lanes
     for stake in step.owners:
         lane = lanes.get(stake)

@@ -184,12 +184,10 @@ class Step:
     def lose(self, dependent: Step) -> None:
         """Let go of one that no longer engages this step."""
         known = self.dependents
-        if isinstance(known, dict):
-            del known[dependent]
-            if not known:
-                self.dependents = ()
-        elif len(known) == 1:
+        if len(known) == 1:
             self.dependents = ()
+        elif isinstance(known, dict):
+            del known[dependent]
         else:
             at = known.index(dependent)
             self.dependents = known[:at] + known[at + 1 :]
@@ -375,6 +373,7 @@ class Builder:
         "fetch_rate",
         "followers",
         "for_unfitness",
+        "free",
         "heard",
         "id",
         "leases",
@@ -402,6 +401,8 @@ class Builder:
         #: Leases it is willing to hold in all, by its own word and by ours; may fall below what it holds.
         self.offered = 0
         self.capacity = 0
+        #: Leases it would still take: `capacity` without `leases`, `followers` aside. May be negative.
+        self.free = 0
         #: Steps leased to it, not those publishing.
         self.leases: dict[StepKey, Step] = {}
         #: Those of them that follow one which is not built yet: each will take its place, and has none of its own.
@@ -453,8 +454,3 @@ class Builder:
     def speed(self, system: str) -> float:
         """Speed for a system; 1 is usual, and stands where nothing was measured."""
         return self.speeds.get(system, 1.0)
-
-    @property
-    def free(self) -> int:
-        """Leases it would still take; may be negative."""
-        return self.capacity - len(self.leases) + len(self.followers)

@@ -21,15 +21,7 @@ from scheduler.early import EarlyLeases
 from scheduler.failures import CONSEQUENCES, is_fault
 from scheduler.graph import Merged
 from scheduler.locality import make
-from scheduler.model import (
-    NO_INSTANT,
-    FailureKind,
-    ImpossibleError,
-    Recipe,
-    StepKey,
-    StepSpec,
-    StepState,
-)
+from scheduler.model import NO_INSTANT, FailureKind, ImpossibleError, Recipe, StepKey, StepSpec, StepState
 from scheduler.pauses import PAUSE, PIECE, Pause, whole
 from scheduler.records import FEW_DEPENDENTS, NO_BUILDER, NO_TRIES, Hold, Step
 from scheduler.transitions import LAPSED, SUBJECT, UNFINISHED
@@ -78,15 +70,17 @@ class FarmState(WantedSteps):
     def apply(self, fact: f.Fact) -> Iterator[Pause] | None:  # noqa: C901, PLR0911, PLR0912, PLR0915  one arm each
         """Apply one fact, or begin to: what is left of one that concerns many steps is returned, to be exhausted.
 
-        The most frequent facts come first. Raises as `evolve`.
+        The most frequent facts come first, and without `match`, which takes longer. Raises as `evolve`.
         """
+        if isinstance(fact, f.StepLeased):
+            self._leased(fact)
+            return None
+        if isinstance(fact, f.StepBuilt):
+            self._built(fact)
+            return None
+        if isinstance(fact, f.StepDone):
+            return self._done(fact)
         match fact:
-            case f.StepLeased():
-                self._leased(fact)
-            case f.StepBuilt():
-                self._built(fact)
-            case f.StepDone():
-                return self._done(fact)
             case f.BuilderRefreshed():
                 self._roster.refreshed(fact)
             case f.StepAdded():
@@ -343,7 +337,7 @@ class FarmState(WantedSteps):
         if (
             step is None
             or (step.state is not _READY and step.state is not _WAITING)
-            or lease.attempt != self.next_attempt(step)
+            or lease.attempt != (step.attempt or self.attempt_floor) + 1
             or fact.recipe != step.active
         ):
             raise ImpossibleError(f"{lease} cannot follow {step}")

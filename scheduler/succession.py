@@ -67,7 +67,9 @@ class SuccessionRules:
                 continue
             for queue in builder.queues:
                 if queue.lanes:
-                    # What is ready could begin there instead.
+                    # What is ready could begin there instead; perhaps everywhere.
+                    if len(queue.builders) == len(builders):
+                        fresh.clear()
                     break
             else:
                 if _takes(builder):
