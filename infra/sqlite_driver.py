@@ -41,6 +41,25 @@ class _Trips(aiosqlite.Connection):
     #: A trip whose caller did not wait for its end may still be under way.
     unsure: bool = False
 
+    def __init__(self, connector: Callable[[], sqlite3.Connection]) -> None:
+        #: Of the thread alone.
+        self._opened: sqlite3.Connection | None = None
+
+        def opening() -> sqlite3.Connection:
+            self._opened = connector()
+            return self._opened
+
+        super().__init__(opening, _STREAMED_ROWS)
+
+    def stop(self) -> asyncio.Future[Any] | None:
+        """End the thread, which closes first what it has opened: a caller that was cancelled meanwhile never got it."""
+        self._tx.put_nowait((None, self._close_opened))
+        return super().stop()
+
+    def _close_opened(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+
     async def trip(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         """Do work in the thread, after all that was sent there before; what it raises is raised here."""
         before, self.unsure = self.unsure, True
@@ -133,7 +152,7 @@ class _SqliteModule(AsyncAdapt_aiosqlite_dbapi):
 
     def connect(self, database: str, **options: Any) -> _SqliteConnection:
         """Open a file."""
-        driver = _Trips(lambda: sqlite3.connect(database, **options), _STREAMED_ROWS)
+        driver = _Trips(lambda: sqlite3.connect(database, **options))
         # A program must not wait for a connection that it left open.
         driver._thread.daemon = True  # noqa: SLF001 - no public switch; the adapter sets it so too
         return _SqliteConnection(self, await_only(_opened(driver)))

@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from infra.database import open_engine
+from tests.support.patience import PATIENCE_S
 
 
 @asynccontextmanager
@@ -117,3 +118,46 @@ async def test_what_a_cancelled_caller_has_begun_is_not_left_open(tmp_path: Path
     with sqlite3.connect(tmp_path / "d") as database:
         assert database.execute("SELECT name FROM things").fetchall() == [("b",)]
     database.close()
+
+
+class _Noting(sqlite3.Connection):
+    """A connection that notes its end."""
+
+    is_closed = False
+
+    def close(self) -> None:
+        super().close()
+        self.is_closed = True
+
+
+async def test_an_opening_that_is_cancelled_leaves_no_file_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[_Noting] = []
+    begun, go_on = threading.Event(), threading.Event()
+    connect = sqlite3.connect
+
+    def held_up(file: str, **options: Any) -> sqlite3.Connection:
+        begun.set()
+        go_on.wait(PATIENCE_S)
+        opened.append(connect(file, factory=_Noting, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", held_up)
+    before = set(threading.enumerate())
+    engine = open_engine(f"sqlite+aiosqlite:///{tmp_path / 'd'}")
+
+    async def use() -> None:
+        async with engine.connect():
+            pass
+
+    task = asyncio.create_task(use())
+    while not begun.is_set():  # noqa: ASYNC110 - a thread's doing
+        await asyncio.sleep(0.001)
+    task.cancel()
+    await asyncio.wait((task,))
+    go_on.set()
+    while set(threading.enumerate()) - before:  # noqa: ASYNC110 - as above
+        await asyncio.sleep(0.001)
+    assert [each.is_closed for each in opened] == [True]
+    await engine.dispose()
