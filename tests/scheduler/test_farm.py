@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -89,8 +90,50 @@ def test_a_circle_through_a_step_that_was_only_held_is_refused() -> None:
     with pytest.raises(SubmissionRefusedError, match="circle"):
         # `m` is known with a recipe that needs `k`; that this one does without is only a way to fall back.
         scene.play(submit("s2", ["k"], step("k", "n"), step("n", "m"), step("m")))
+    with pytest.raises(SubmissionRefusedError, match="circle"):
+        # What is held now may be lost.
+        scene.play(submit("s2", ["n"], step("n", "o"), step("o", "n"), held=["o"]))
     assert "n" not in scene.farm.state.steps
     scene.play(submit("s3", ["k"], step("k", "n"), step("n"), held=[]))
+
+
+_KEYS = st.sampled_from("abcdef")
+_GRAPHS = st.tuples(
+    st.lists(
+        st.builds(
+            lambda key, ways: either(key, *(recipe(*way) for way in ways)),
+            _KEYS,
+            st.lists(st.sets(_KEYS, max_size=2), min_size=1, max_size=2),
+        ),
+        unique_by=lambda spec: spec.key,
+    ),
+    st.sets(_KEYS, max_size=2),
+    st.lists(_KEYS, min_size=1, max_size=2),
+)
+
+
+@given(st.lists(_GRAPHS, min_size=1, max_size=3))
+def test_a_graph_is_taken_exactly_where_it_is_closed_and_its_recipes_in_use_run_in_no_circle(
+    graphs: list[tuple[list[StepSpec], set[str], list[str]]],
+) -> None:
+    scene = Scene()
+    for number, (specs, held, roots) in enumerate(graphs):
+        known = scene.farm.state.steps
+        there = {*known, *held, *(spec.key for spec in specs)}
+        asked = {*roots, *(need for spec in specs for each in spec.recipes for need in each.needs)}
+        in_use = {spec.key: spec.recipes[0].needs for spec in specs}
+        in_use |= {key: each.recipe.needs for key, each in known.items() if each.recipes}
+        try:
+            TopologicalSorter(in_use).prepare()
+            is_sound = asked <= there
+        except CycleError:
+            is_sound = False
+        try:
+            scene.play(submit(f"s{number}", roots, *specs, held=held))
+        except SubmissionRefusedError:
+            assert not is_sound
+        else:
+            assert is_sound
 
 
 def test_a_chain_of_any_length_is_taken_doomed_and_abandoned_without_recursion() -> None:
