@@ -41,6 +41,9 @@ class ReferenceCounts:
                 continue
             if not step.refcount:
                 del self.unreferenced[key]
+                if not self.unreferenced:
+                    # Its table, which does not shrink as entries go: all steps of a submission stood there until now.
+                    self.unreferenced.clear()
             step.refcount += 1
 
     def add_needs(self, step: Step) -> None:

@@ -38,6 +38,7 @@ from infra.nix.errors import FormatError
 from infra.nix.store_path import StoreDir, parse_base_name
 from infra.objects.store import ObjectStore
 from infra.slices import free_in_slices
+from infra.sqlite_driver import shrink_connections
 from scheduler.model import StepKey
 from scheduler.resource_limits import ResourceLimits
 
@@ -98,6 +99,7 @@ class Intake:
                 await asyncio.sleep(self._rest_after_s)
             for kept in (self._memory, self._derivations):
                 await free_in_slices(kept.rest())
+            await shrink_connections()
             await asyncio.to_thread(give_back_free_memory)
 
     @contextmanager

@@ -2,19 +2,24 @@
 
 All processes of the farm count, ended ones too where their parents waited for them. The target stands in the peer's
 place, because no tool beside keeps a farm ready: 1 % of a core and 500 MB, with nothing to do and with 100,000 steps
-that wait for a worker which is not there (`--steps 0` leaves those out).
+that wait for a worker which is not there (`--steps 0` leaves those out). What a snapshot of the journal with these
+steps costs stands beside: the farm makes none before as many facts again have come.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import sqlite3
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
+from coordinator.engine import compaction
 from tests.benchmarks.ingest import write_store
 from tests.benchmarks.processes import processor_of_all_s
 from tests.benchmarks.report import arguments, machine, progress, publish
@@ -91,6 +96,19 @@ def at_rest(farm: Farm, seconds: float) -> tuple[float, float]:
     return sum(used.values()), shared_fairly_mb(pids)
 
 
+def snapshot_cost(journal: Path) -> tuple[float, float]:
+    """Return seconds of processor and most MB of the process that makes a snapshot of a journal."""
+    with closing(sqlite3.connect(journal)) as database:
+        [epoch] = database.execute("SELECT value FROM journal_meta WHERE name = 'epoch'").fetchone()
+    child = subprocess.Popen([sys.executable, "-m", compaction.__name__], stdin=subprocess.PIPE)
+    assert child.stdin is not None
+    child.stdin.write(json.dumps({"url": f"sqlite+aiosqlite:///{journal}", "epoch": epoch}).encode() + b"\n")
+    child.stdin.flush()
+    _, child.returncode, usage = os.wait4(child.pid, 0)
+    assert child.returncode == 0
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+
+
 def main() -> None:
     parser = arguments("percent of a core and MB of a farm at rest", runs=1)
     parser.add_argument("--seconds", type=float, default=60, help="of each measurement (default: %(default)s)")
@@ -111,11 +129,14 @@ def main() -> None:
                 settle(farm)
                 rows["at rest"].append(at_rest(farm, options.seconds))
                 if options.steps:
-                    wait_in_vain(farm, root / "client", options.steps)
+                    wait_in_vain(farm, root / "waiting", options.steps)
                     settle(farm)
                     rows["with steps that wait"].append(at_rest(farm, options.seconds))
             finally:
                 farm.stop()
+            if options.steps:
+                used_s, most_mb = snapshot_cost(farm.state / "journal.sqlite3")
+                progress(f"a snapshot of the journal: {used_s:.1f} s of processor, {most_mb:.0f} MB at most")
     for name, measured in rows.items():
         for unit, target, values in (
             ("% of a core", TARGET_PERCENT, [percent for percent, _ in measured]),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +18,17 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from infra.database import open_engine
+from infra.sqlite_driver import shrink_connections
 from tests.support.patience import PATIENCE_S
+
+#: Lies in pages of its own, which the C library gives back at once.
+LARGE_BYTES = 128 * 1024 * 1024
+
+
+def memory_bytes() -> int:
+    """Return how much memory of its own this process has."""
+    resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 @asynccontextmanager
@@ -85,6 +97,58 @@ async def test_a_statement_takes_one_trip_and_giving_an_idle_connection_back_non
         assert len(trips) == 5
         async with engine.connect() as connection:
             assert (await connection.execute(text("SELECT name FROM things"))).scalars().all() == ["a"]
+
+
+async def test_the_drivers_thread_keeps_neither_a_call_nor_what_it_returned(tmp_path: Path) -> None:
+    class Rows:
+        pass
+
+    class Call:
+        def __call__(self, _connection: sqlite3.Connection) -> Rows:
+            return Rows()
+
+    engine = open_engine(f"sqlite+aiosqlite:///{tmp_path / 'd'}")
+    async with engine.connect() as connection:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        call = Call()
+        rows = await driver.trip(call)
+        kept = weakref.ref(call), weakref.ref(rows)
+        del call, rows
+        assert [each() for each in kept] == [None, None]
+    await engine.dispose()
+
+
+async def test_connections_shrink_amidst_a_transaction_and_closed_ones_are_passed_over(tmp_path: Path) -> None:
+    engine, closed = (open_engine(f"sqlite+aiosqlite:///{tmp_path / name}") for name in "dc")
+    statements: list[str] = []
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def trace(connection: Any, _record: object) -> None:
+        connection.driver_connection._conn.set_trace_callback(statements.append)  # noqa: SLF001 - as above
+
+    async with closed.connect():
+        pass
+    await closed.dispose()
+    async with _table(engine):
+        async with engine.begin() as connection:
+            await connection.execute(text("INSERT INTO things (name) VALUES ('a')"))
+            del statements[:]
+            await shrink_connections()
+            assert statements[-1] == "PRAGMA shrink_memory"
+            await connection.execute(text("INSERT INTO things (name) VALUES ('b')"))
+        async with engine.connect() as connection:
+            assert (await connection.execute(text("SELECT name FROM things"))).scalars().all() == ["a", "b"]
+
+
+async def test_a_connection_that_shrinks_lets_go_of_the_parameters_of_its_statements(tmp_path: Path) -> None:
+    engine = open_engine(f"sqlite+aiosqlite:///{tmp_path / 'd'}")
+    async with engine.connect() as connection:
+        query = text("SELECT length(:large)")
+        assert (await connection.execute(query, {"large": "x" * LARGE_BYTES})).scalar_one() == LARGE_BYTES
+        before = memory_bytes()
+        await shrink_connections()
+        assert before - memory_bytes() > LARGE_BYTES // 2
+    await engine.dispose()
 
 
 async def test_what_a_cancelled_caller_has_begun_is_not_left_open(tmp_path: Path) -> None:
