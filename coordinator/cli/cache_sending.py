@@ -60,6 +60,7 @@ async def send(request: PushRequest, store: LocalStore, roots: Sequence[str], in
                 keep=keep,
                 make_object=_maker(store),
                 open_unhashed=_opener(store, is_hashed=False),
+                make_unhashed=_maker(store, is_hashed=False),
             )
         finally:
             if shown is not None:
@@ -79,12 +80,13 @@ def _opener(store: LocalStore, *, is_hashed: bool = True) -> OpenNar:
     return open_nar
 
 
-def _maker(store: LocalStore) -> MakeObject:
+def _maker(store: LocalStore, *, is_hashed: bool = True) -> MakeObject:
     case_hack = sys.platform == "darwin"
 
     def make_object(claim: PathClaim, compression: Compression) -> tuple[bytes, UploadedNar]:
         try:
-            return compress_now(store.dump(f"{store.store_dir}/{claim.path}", case_hack=case_hack), compression)
+            nar = store.dump(f"{store.store_dir}/{claim.path}", case_hack=case_hack)
+            return compress_now(nar, compression, is_hashed=is_hashed)
         except ClosureError as error:
             raise SourceChangedError(str(error)) from None
 

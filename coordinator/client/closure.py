@@ -89,7 +89,7 @@ class LocalStore:
         from infra.nar_files import dump  # noqa: PLC0415 - slow to import, and most builds send no source
 
         try:
-            yield from dump(Path(self.physical(path)), case_hack=case_hack)
+            yield from dump(self.physical(path), case_hack=case_hack)
         except OSError as error:
             raise ClosureError(f"{path} cannot be read: {error.strerror}") from None
         except NixError as error:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import lzma
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import chain
-from typing import Protocol
+from typing import Final, Protocol
 
 import zstandard
 
@@ -70,19 +71,31 @@ class _Codec(Protocol):
         """Return the last compressed bytes."""
 
 
+_of_thread: Final = threading.local()
+
+
+def _zstd_compressor() -> zstandard.ZstdCompressor:
+    return zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)
+
+
 class _ZstdFrames:
     """Frames of FRAME_BYTES of the NAR; a whole one states its content size."""
 
     def __init__(self) -> None:
-        self._compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)
+        self._compressor: zstandard.ZstdCompressor | None = None
         self._frame: zstandard.ZstdCompressionObj | None = None
         self._frame_size = 0
 
     def whole(self, nar: bytes) -> bytes:
-        return self._compressor.compress(nar)
+        # A context costs as much as a small NAR, so each thread keeps one.
+        if not hasattr(_of_thread, "compressor"):
+            _of_thread.compressor = _zstd_compressor()
+        data: bytes = _of_thread.compressor.compress(nar)
+        return data
 
     def add(self, block: bytes | memoryview) -> bytes:
         if self._frame is None:
+            self._compressor = self._compressor or _zstd_compressor()
             self._frame = self._compressor.compressobj()
         data = self._frame.compress(block)
         self._frame_size += len(block)
@@ -234,13 +247,17 @@ async def compressing_files(
         yield CompressedNar(encoder, pieces)
 
 
-def compress_now(chunks: Iterator[bytes], compression: Compression = COMPRESSION) -> tuple[bytes, UploadedNar]:
+def compress_now(
+    chunks: Iterator[bytes], compression: Compression = COMPRESSION, *, is_hashed: bool = True
+) -> tuple[bytes, UploadedNar]:
     """Return the object of a small NAR, and what it is; for a thread. The bytes are those of `compressing_files`.
+
+    `is_hashed`: as in `NarEncoder`.
 
     Raises:
         OSError: reading failed; as `chunks` gives it.
     """
-    encoder = NarEncoder(compression)
+    encoder = NarEncoder(compression, is_hashed=is_hashed)
     data = b"".join(encode(encoder, chunks))
     return data, encoder.uploaded(0.0)
 

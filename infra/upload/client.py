@@ -104,11 +104,16 @@ class _Source:
     make_object: MakeObject | None
     #: Objects, or packs, at one time.
     parallel: int
-    #: The same NARs without hashes, for a coordinator that makes them; None once they are sent with hashes.
+    #: The same without hashes, for a coordinator that makes them; None once they are sent with hashes.
     open_unhashed: OpenNar | None = None
+    make_unhashed: MakeObject | None = None
     changed: list[SourceChangedError] = field(default_factory=list)
     #: Path -> why the coordinator did not take it out of a pack.
     refused: dict[str, str] = field(default_factory=dict)
+
+    def hash_all(self) -> None:
+        """Have everything hashed from here on."""
+        self.open_unhashed = self.make_unhashed = None
 
     def explained(self, verdict: SendVerdict) -> SendVerdict:
         """Return a verdict with the reason of the pack in which the path came."""
@@ -141,11 +146,12 @@ class UploadClient:
         keep: KeepRequest | None = None,
         make_object: MakeObject | None = None,
         open_unhashed: OpenNar | None = None,
+        make_unhashed: MakeObject | None = None,
     ) -> UploadResult:
         """Upload all paths (at most MAX_PATHS), references in any order, `parallel` objects at a time.
 
-        `open_unhashed` opens the same NARs without hashes, for a coordinator that makes them while they arrive; what it
-        refuses then is sent again with hashes, which tell a source that changed from bytes that were damaged.
+        `open_unhashed` and `make_unhashed` do the same without hashes, for a coordinator that makes them while objects
+        arrive. What it refuses then is sent again with hashes: they tell a source that changed from damaged bytes.
 
         Raises:
             SenderRefusedError: the coordinator refuses.
@@ -157,7 +163,7 @@ class UploadClient:
             raise UploadFailedError(f"{len(claims)} paths at once are too many; the limit is {MAX_PATHS}")
         for left in reversed(range(BEGINNINGS)):
             try:
-                source = _Source(open_nar, make_object, parallel, open_unhashed)
+                source = _Source(open_nar, make_object, parallel, open_unhashed, make_unhashed)
                 return await self._upload_all(claims, source, keep)
             except SenderRefusedError as error:
                 if error.code != "unknown_upload" or not left:
@@ -168,7 +174,7 @@ class UploadClient:
         answer = await self._exchange("POST", "", Begin(paths=tuple(claims)))
         begun = parse(answer, Begun)
         if answer.headers.get(HASHES_HEADER.lower()) != HASHES_MADE or begun.how is not SendRoute.RELAY:
-            source.open_unhashed = None
+            source.hash_all()
         by_path = {claim.path: claim for claim in claims}
         self.progress.wanted = len(begun.send)
         self.progress.paths = self.progress.nar_bytes = 0
@@ -179,7 +185,7 @@ class UploadClient:
             damaged = [verdict.path for verdict in verdicts if verdict.status is SendStatus.REFUSED]
             if damaged:
                 # Once more from the start: what had arrived before may have been of another release's making.
-                source.open_unhashed = None
+                source.hash_all()
                 again = await self._send_all(begun, [by_path[path] for path in damaged], source)
                 sent = [*(each for each in sent if each.path not in set(damaged)), *again]
                 verdicts = await self._commit(begun, sent, keep)
@@ -195,25 +201,29 @@ class UploadClient:
 
     async def _send_all(self, begun: Begun, claims: Sequence[PathClaim], source: _Source) -> list[SentPath]:
         """Send objects, largest first, so that no large one is left for the end; then packs of small ones."""
-        make_object = source.make_object if begun.packs else None
-        packs = grouped(claim for claim in claims if make_object and is_small(claim))
-        alone = [claim for claim in claims if not (make_object and is_small(claim))]
-        waiting = [*packs, *([claim] for claim in sorted(alone, key=lambda claim: claim.nar_size))]
+        make = (source.make_unhashed or source.make_object) if begun.packs else None
+        packs = grouped(claim for claim in claims if make and is_small(claim))
+        alone = [claim for claim in claims if not (make and is_small(claim))]
+        alone.sort(key=lambda claim: claim.nar_size)
         sent: list[SentPath] = []
+        room = asyncio.Semaphore(source.parallel)
 
         async def work() -> None:
-            while waiting:
-                unit = waiting.pop()
-                if make_object and len(waiting) < len(packs):
-                    pack = await asyncio.to_thread(make_pack, unit, begun.compression, make_object)
-                    source.changed.extend(pack.changed)
-                    sent.extend(await self._send_pack(begun, pack, source))
-                else:
-                    sent.extend(await self._send(begun, unit[0], source))
+            while True:
+                async with room:
+                    if alone:
+                        sent.extend(await self._send(begun, alone.pop(), source))
+                        continue
+                    if make is None or not packs:
+                        return
+                    pack = await asyncio.to_thread(make_pack, packs.pop(), begun.compression, make)
+                # The next one is made while the coordinator verifies this one.
+                source.changed.extend(pack.changed)
+                sent.extend(await self._send_pack(begun, pack, source))
 
         try:
             async with asyncio.TaskGroup() as tasks:
-                for _ in range(min(source.parallel, len(waiting))):
+                for _ in range(min(source.parallel * (2 if packs else 1), len(packs) + len(alone))):
                     tasks.create_task(work())
         except BaseExceptionGroup as group:
             raise _first(group) from None

@@ -19,8 +19,9 @@ from infra.upload.errors import UploadFailedError
 from infra.upload.protocol import MAX_PACK_BYTES, PACK_NAR_BYTES, PACK_PATHS, PathClaim, SentPath, most_bytes
 
 MAGIC: Final = b"drover-pack-1\n"
-#: NAR bytes of the paths of one pack, about.
-PACK_NARS_BYTES: Final = 4 * 1024 * 1024
+#: NAR bytes of the paths of one pack, about, and so many paths: the coordinator verifies one while the next is made.
+PACK_NARS_BYTES: Final = 2 * 1024 * 1024
+SENT_PATHS: Final = 128
 _INT: Final = 4
 _MAX_NAME_BYTES: Final = 255
 _END: Final = bytes(_INT)
@@ -57,7 +58,7 @@ def grouped(claims: Iterable[PathClaim]) -> list[list[PathClaim]]:
     packs: list[list[PathClaim]] = []
     size = PACK_NARS_BYTES
     for claim in claims:
-        if size + claim.nar_size > PACK_NARS_BYTES or len(packs[-1]) >= PACK_PATHS:
+        if size + claim.nar_size > PACK_NARS_BYTES or len(packs[-1]) >= SENT_PATHS:
             packs.append([])
             size = 0
         packs[-1].append(claim)

@@ -146,7 +146,8 @@ class SendRoute(StrEnum):
 class SentPath(UploadMessage):
     """An object that was sent whole. `etags` are those of its parts, in order; empty where it had none.
 
-    `file_hash` is "" where the sender made no hashes (HASHES_HEADER): the NAR that arrived is held against the claim.
+    `file_hash` is "" where the sender made no hashes (HASHES_HEADER): the NAR that arrived, in pieces or in a pack, is
+    held against the claim.
     """
 
     path: _Name

@@ -1,4 +1,4 @@
-"""Large paths that their sender does not hash: the coordinator makes the hashes, and trusts nothing for it."""
+"""Paths that their sender does not hash: the coordinator makes the hashes, and trusts nothing for it."""
 
 from __future__ import annotations
 
@@ -91,25 +91,28 @@ async def test_it_is_published_under_the_hash_of_what_arrived_also_by_a_commit_t
 
 
 async def test_a_source_that_changed_is_named_and_one_that_was_changed_back_is_sent_again(site: Site) -> None:
-    good, large = thing("good"), thing("large", TWO_PIECES)
-    top = thing("top", references=[good, large])
-    changed = replace(large, nar=TWO_PIECES[:-1] + b"!")
+    good, small, large = thing("good"), thing("small"), thing("large", TWO_PIECES)
+    top = thing("top", references=[good, small, large])
+    changed, changed_small = replace(large, nar=TWO_PIECES[:-1] + b"!"), replace(small, nar=small.nar[:-1] + b"!")
 
-    async def push(again: Thing) -> dict[str, SendStatus]:
+    async def push(again: Thing, again_small: Thing) -> dict[str, SendStatus]:
         result = await site.client().upload_all(
-            [good.claim, large.claim, top.claim],
+            [each.claim for each in (good, small, large, top)],
             files_of(again, is_hashed=True),
             parallel=2,
-            make_object=maker(good, top),
+            make_object=maker(good, again_small, top),
             open_unhashed=files_of(changed, is_hashed=False),
+            make_unhashed=maker(good, changed_small, top, is_hashed=False),
         )
         return {verdict.path: verdict.status for verdict in result.verdicts}
 
-    with pytest.raises(SourceChangedError, match=large.claim.path):
-        await push(changed)
-    assert [await site.nar(each.claim.path) for each in (good, large, top)] == [good.nar, None, None]
-    assert set((await push(large)).values()) == {SendStatus.PUBLISHED}
-    assert await site.nar(large.claim.path) == TWO_PIECES
+    with pytest.raises(SourceChangedError) as caught:
+        await push(changed, changed_small)
+    assert large.claim.path in str(caught.value)
+    assert f"{small.claim.path} is not what its store says" in str(caught.value)
+    assert [await site.nar(each.claim.path) for each in (good, small, large, top)] == [good.nar, None, None, None]
+    assert set((await push(large, small)).values()) == {SendStatus.PUBLISHED}
+    assert [await site.nar(each.claim.path) for each in (small, large)] == [small.nar, TWO_PIECES]
     assert [entry.key async for entry in site.coordinator.cache.objects.list("incoming")] == []
 
 
@@ -131,6 +134,7 @@ async def test_a_push_that_is_cut_between_any_two_messages_loses_nothing_and_pub
                 parallel=2,
                 make_object=maker(*things),
                 open_unhashed=files_of(*things, is_hashed=False),
+                make_unhashed=maker(*things, is_hashed=False),
             )
             return [verdict.status for verdict in result.verdicts]
 
@@ -161,7 +165,7 @@ async def test_a_worker_says_the_hash_of_what_it_sends(site: Site, tmp_path: Pat
     async with site.session.post(f"{cache}/{upload}/commit", data=commit, headers=headers) as answer:
         assert (answer.status, "comes with its hash" in await answer.text()) == (400, True)
     result = await site.client(lease).upload_all(
-        [mine.claim], files_of(mine, is_hashed=True), parallel=1, open_unhashed=never
+        [mine.claim], files_of(mine, is_hashed=True), parallel=1, open_unhashed=never, make_unhashed=never
     )
     assert all(sent.file_hash for sent in result.sent)
 

@@ -61,9 +61,9 @@ def opener(*things: Thing) -> OpenNar:
     return lambda claim, compression: compressing(chunked(nars[claim.path], 300_000), compression)
 
 
-def maker(*things: Thing) -> MakeObject:
+def maker(*things: Thing, is_hashed: bool = True) -> MakeObject:
     nars = {each.claim.path: each.nar for each in things}
-    return lambda claim, compression: compress_now(iter([nars[claim.path]]), compression)
+    return lambda claim, compression: compress_now(iter([nars[claim.path]]), compression, is_hashed=is_hashed)
 
 
 def pack_of(*things: Thing) -> bytes:

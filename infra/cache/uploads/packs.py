@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
 from typing import Final
@@ -36,6 +37,14 @@ MAX_ARRIVED: Final = 100_000
 WRITING: Final = 8
 
 
+@dataclass(frozen=True, slots=True)
+class ArrivedObject:
+    """An object that came in a pack: where it is remembered, and what it is."""
+
+    slot: str
+    sent: SentPath
+
+
 class PackIntake:
     """The packs of one cache's uploads; belongs to one event loop."""
 
@@ -46,12 +55,20 @@ class PackIntake:
 
     def arrived(
         self, claims: Iterable[PathClaim], sent: Iterable[SentPath], slot_of: Callable[[PathClaim], str]
-    ) -> dict[str, str]:
-        """Return path -> slot of those that came in packs as they are sent now, held against just these claims."""
-        if not self._arrived:
-            return {}
-        slots = ((claim, each, slot_of(claim)) for claim, each in zip(claims, sent, strict=True))
-        return {claim.path: slot for claim, each, slot in slots if self._arrived.get(slot) == (each, claim.nar_size)}
+    ) -> dict[str, ArrivedObject]:
+        """Return, by path, what came in packs as it is sent now, held against just these claims.
+
+        Where the sender names no hash, the object is whatever was found to be the claimed NAR.
+        """
+        found: dict[str, ArrivedObject] = {}
+        for claim, each in zip(claims, sent, strict=True) if self._arrived else ():
+            slot = slot_of(claim)
+            here, nar_size = self._arrived.get(slot, (None, 0))
+            if here is None or nar_size != claim.nar_size or here.file_size != each.file_size:
+                continue
+            if each.file_hash in {"", here.file_hash} and not each.etags:
+                found[claim.path] = ArrivedObject(slot, here)
+        return found
 
     async def find(self, claims: Iterable[PathClaim], slot_of: Callable[[PathClaim], str]) -> list[SentPath]:
         """Return those that came before, and whose objects are still in the store. Raises `ObjectStoreError`."""

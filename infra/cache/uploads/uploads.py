@@ -357,7 +357,9 @@ class Uploads:
         proofs: set[ProvenObject] = set()
 
         in_packs = self._packs.arrived(claims, request.sent, lambda claim: self._slot(sender, claim))
-        placed.update((sent.path, stored(sent.path, self._key(sent))) for sent in request.sent if sent.path in in_packs)
+        placed.update((path, stored(path, self._key(here.sent))) for path, here in in_packs.items())
+        # For a commit that is repeated.
+        upload.hashed.update((path, here.sent) for path, here in in_packs.items())
 
         async def place(claim: PathClaim, sent: SentPath) -> None:
             async with self._placing, self._turns.of(self._slot(sender, claim)):
@@ -384,7 +386,7 @@ class Uploads:
                 for path in in_packs
             )
             outcomes = (await self._cache.publish([*pulled, *narinfos], proofs=proofs))[len(pulled) :]
-            self._packs.forget(in_packs.values())
+            self._packs.forget(here.slot for here in in_packs.values())
             for (claim, _), outcome in zip(arrived, outcomes, strict=True):
                 placed[claim.path] = verdict_of(claim.path, outcome, placed[claim.path].url)
         return Committed(verdicts=tuple(placed[claim.path] for claim in claims))
