@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import aiohttp
 import pytest
+import requests
 import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.core.failures import FailureGroup
@@ -30,6 +32,8 @@ STREAMS = {
 }
 #: Requests of each operation, of each kind.
 EXAMPLES = 12
+#: Bytes of a request line that every request may have.
+MAX_URL = 8_000
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
@@ -65,6 +69,7 @@ def faults_of(url: str, token: str, mode: GenerationMode) -> list[str]:
             suppress_health_check=list(HealthCheck),
         )
         def send(case: schemathesis.Case[Any]) -> None:
+            assume(mode is GenerationMode.POSITIVE or is_sent_as_drawn(case, url))
             case.call_and_validate(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=PATIENCE_S)
 
         try:
@@ -75,6 +80,18 @@ def faults_of(url: str, token: str, mode: GenerationMode) -> list[str]:
         except FailureGroup as failed:
             faults += [f"{operation.label}: {error}" for error in failed.exceptions]
     return faults
+
+
+def is_sent_as_drawn(case: schemathesis.Case[Any], url: str) -> bool:
+    """Return whether a wrong request is still wrong once it is written down.
+
+    A parameter without values is not sent at all, null is sent as an empty one, and that is one that was left out. A
+    request line over 8,190 bytes is refused by the parser, before there is a route that could keep to anything.
+    """
+    sent = requests.Request(**case.as_transport_kwargs(base_url=url)).prepare()
+    assert sent.url is not None
+    wire = dict(parse_qsl(urlsplit(sent.url).query, keep_blank_values=True))
+    return (case.query or {}).keys() <= wire.keys() and "" not in wire.values() and len(sent.url) < MAX_URL
 
 
 async def test_a_mistyped_parameter_is_refused_and_the_description_needs_no_token(tmp_path: Path) -> None:

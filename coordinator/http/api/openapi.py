@@ -49,6 +49,7 @@ _PART: Final = re.compile(r"\{(\w+)\}")
 _INTRODUCTION: Final = """\
 Times are Unix seconds. Every refusal is an `ErrorView`: a word for programs and a sentence for people with a way on.
 Lists come in pages: where there is more, the header `Link` has the address of the next page as `rel="next"`.
+A parameter of a query that is empty is as one that is left out.
 A request that is repeated changes nothing more, but for submissions, each of which is a new one.
 Requests show the API token as `Authorization: Bearer TOKEN`."""
 
