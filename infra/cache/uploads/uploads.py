@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Final
 
 from infra.cache.cache import Cache
+from infra.cache.catalog.catalog import apart
 from infra.cache.publishing.claims import (
     ProvenObject,
 )
@@ -356,7 +357,9 @@ class Uploads:
         placed: dict[str, SendVerdict] = {}
         proofs: set[ProvenObject] = set()
 
-        in_packs = self._packs.arrived(claims, request.sent, lambda claim: self._slot(sender, claim))
+        in_packs = await apart(
+            len(claims), lambda: self._packs.arrived(claims, request.sent, lambda claim: self._slot(sender, claim))
+        )
         placed.update((path, stored(path, self._key(here.sent))) for path, here in in_packs.items())
         # For a commit that is repeated.
         upload.hashed.update((path, here.sent) for path, here in in_packs.items())
@@ -375,10 +378,9 @@ class Uploads:
                 for claim, sent in zip(claims, request.sent, strict=True)
                 if placed[claim.path].status is SendStatus.STORED
             ]
-            narinfos = [
-                NarInfo(claim.info(self._cache.store_dir), sent.stored(placed[claim.path].url, self._cache.compression))
-                for claim, sent in arrived
-            ]
+            narinfos = await apart(
+                len(arrived), lambda: [self._narinfo(claim, sent, placed[claim.path].url) for claim, sent in arrived]
+            )
             await self._keep(name, upload, request.keep)
             pulled = await self._pulls.pull({upload.claims[path]: up for path, up in upload.elsewhere.items()})
             proofs.update(
@@ -390,6 +392,9 @@ class Uploads:
             for (claim, _), outcome in zip(arrived, outcomes, strict=True):
                 placed[claim.path] = verdict_of(claim.path, outcome, placed[claim.path].url)
         return Committed(verdicts=tuple(placed[claim.path] for claim in claims))
+
+    def _narinfo(self, claim: PathClaim, sent: SentPath, url: str) -> NarInfo:
+        return NarInfo(claim.info(self._cache.store_dir), sent.stored(url, self._cache.compression))
 
     async def _keep(self, name: str, upload: _Upload, request: KeepRequest | None) -> None:
         """Make what is published a root, before it is: as the sender wishes, or all of it for the retention."""
