@@ -1,9 +1,9 @@
 """Processor and memory of a farm at rest, and what its start takes: a coordinator, a Ray head and one worker.
 
-All processes of the farm count, ended ones too where their parents waited for them. The target stands in the peer's
-place, because no tool beside keeps a farm ready: 1 % of a core and 500 MB, with nothing to do and with 100,000 steps
-that wait for a worker which is not there (`--steps 0` leaves those out). What a snapshot of the journal with these
-steps costs stands beside: the farm makes none before as many facts again have come.
+All processes of the farm count, with what they take meanwhile; ended ones too where their parents waited for them. The
+target stands in the peer's place, because no tool beside keeps a farm ready: 1 % of a core and 500 MB, with nothing to
+do and with 100,000 steps that wait for a worker which is not there (`--steps 0` leaves those out). What a snapshot of
+the journal with these steps costs stands beside: the farm makes none before as many facts again have come.
 """
 
 from __future__ import annotations
@@ -84,16 +84,20 @@ def settle(farm: Farm) -> None:
 
 
 def at_rest(farm: Farm, seconds: float) -> tuple[float, float]:
-    """Return percent of a core and MB of a farm that has nothing to do; progress names what takes most."""
-    pids = list(processes_naming(str(farm.root)))
-    before = {pid: processor_of_all_s([pid]) for pid in pids}
+    """Return percent of a core and MB of a farm that has nothing to do; progress names what takes most.
+
+    What a child took before the measurement is no part of it, although its parent is charged with all of it when the
+    child ends: verifiers end a minute after a submission.
+    """
+    before = {pid: processor_of_all_s([pid]) for pid in with_children(farm)}
     began = time.monotonic()
     time.sleep(seconds)
     took = time.monotonic() - began
-    used = Counter({pid: 100 * (processor_of_all_s([pid]) - before[pid]) / took for pid in pids})
+    after = {pid: processor_of_all_s([pid]) for pid in with_children(farm)}
+    used = Counter({pid: 100 * (after[pid] - before.get(pid, 0.0)) / took for pid in after})
     for pid, percent in used.most_common(6):
-        progress(f"  {percent:5.2f} %  {processes_naming(str(farm.root)).get(pid, 'ended')[-70:]}")
-    return sum(used.values()), shared_fairly_mb(pids)
+        progress(f"  {percent:5.2f} %  {processes_naming(str(farm.root)).get(pid, 'a child')[-70:]}")
+    return 100 * (sum(after.values()) - sum(before.values())) / took, shared_fairly_mb(list(after))
 
 
 def snapshot_cost(journal: Path) -> tuple[float, float]:
