@@ -133,6 +133,8 @@ class TimingWriter:
             else:
                 self.on_saved(self._batch)
             self._batch = []
+        # Not where they are taken: a reader whose write fails leaves them, and `run` has to try again.
+        self._timelines.changed.clear()
 
     async def _write_singly(self) -> None:
         """Write the attempts of the batch one by one, without those whose values the store refuses."""

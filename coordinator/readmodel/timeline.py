@@ -65,7 +65,7 @@ class Timelines:
         #: Attempts that have not ended, by step: at most one lease each.
         self._open: dict[str, _Live] = {}
         self._changed: OrderedDict[Key, AttemptTiming] = OrderedDict()
-        #: Set while attempts wait for the store.
+        #: Set by each attempt that changes; cleared by what has stored all of them.
         self.changed = asyncio.Event()
         #: Attempts that were dropped since the start because the store did not take them in time.
         self.dropped = 0
@@ -82,8 +82,6 @@ class Timelines:
         taken: list[AttemptTiming] = []
         while self._changed and len(taken) < most:
             taken.append(self._changed.popitem(last=False)[1])
-        if not self._changed:
-            self.changed.clear()
         return taken
 
     def open_of(self, step: str) -> AttemptTiming | None:

@@ -210,6 +210,28 @@ async def test_while_the_database_fails_attempts_wait_are_dropped_and_counted_an
     await store.close()
 
 
+async def test_what_a_reader_could_not_have_written_keeps_the_writer_awake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coordinator.stores.timings.BUSY_TIMEOUT_MS", 20)
+    file = tmp_path / "timings.sqlite3"
+    async with opened(f"sqlite+aiosqlite:///{file}"):
+        pass
+    timelines, store = Timelines(), TimingStore.open(f"sqlite+aiosqlite:///{file}")
+    writer = TimingWriter(timelines, store, lambda _: None, SystemClock(), 0, 0)
+    await writer.flush()
+    heal = _lock(file)
+    timelines.leased("a", 1, 0, "w", 3.0, 1.0, 2.0)
+    with pytest.raises(TimingsError):
+        await writer.flush()
+    assert timelines.changed.is_set()
+    heal()
+    await writer.flush()
+    assert not timelines.changed.is_set()
+    assert [found.step for found in await store.of_steps(["a"])] == ["a"]
+    await store.close()
+
+
 async def test_an_attempt_that_no_database_takes_is_dropped_and_keeps_no_other_out(url: str) -> None:
     timelines, store = Timelines(), TimingStore.open(url)
     writer = TimingWriter(timelines, store, lambda _: None, SystemClock(), 0, 0)
