@@ -12,7 +12,7 @@ import pytest
 from tests.support.farm import nix_store
 from workers.agent import health, input_guard
 from workers.agent.input_guard import Alteration, identify
-from workers.wire.messages import Failed, Output, Report, Succeeded
+from workers.wire.messages import Failed, LeaseOrder, Output, Report, Succeeded
 
 from .conftest import AgentHarness, ReportReader, drv, nar_of, order
 
@@ -65,11 +65,16 @@ def _missing(report: Report, output: Output) -> None:
     assert report.result.missing == (), "the farm's cache has it"
 
 
+async def _runs(reader: ReportReader, build: LeaseOrder) -> None:
+    """Wait until a builder has printed a line: a step is `building` before Nix has made what the builder sees."""
+    await reader.until(lambda: b"started\n" in reader.logs.get(build.step, b""))
+
+
 def _collect(bench: AgentHarness, output: Output, name: str = "one") -> None:
-    """Collect garbage in an agent's store as if no connection kept anything."""
+    """Collect one path of an agent's store as if no connection kept it, and nothing that a running build writes to."""
     for roots in (bench.root / name / "store/nix/var/nix/temproots").iterdir():
         roots.unlink()
-    done = nix_store(bench.root / name / "store", "--gc")
+    done = nix_store(bench.root / name / "store", "--delete", output.path)
     assert done.returncode == 0, done.stderr
     assert not _in_store(bench, output).exists()
 
@@ -118,9 +123,11 @@ async def test_what_another_build_saw_meanwhile_is_thrown_away_too(bench: AgentH
     at = f"{given.path}/deep/file"
     evil = order(drv("evil", f"chmod u+w {at}; echo TAMPERED > {at}; echo > $out"), [given.path])
     # It reads what it was shown until that changes.
-    victim = order(drv("victim", f"while read x < {at} && [ $x = true ]; do :; done; echo > $out"), [given.path])
+    victim = order(
+        drv("victim", f"echo started; while read x < {at} && [ $x = true ]; do :; done; echo > $out"), [given.path]
+    )
     await reader.agent.start_many([victim.dump()])
-    await reader.until(lambda: any(stage.stage == "building" and stage.step == victim.step for stage in reader.stages))
+    await _runs(reader, victim)
     for report in (await reader.build(evil), await reader.finish(victim)):
         _spoilt(report[0], given)
 
@@ -245,9 +252,9 @@ async def test_a_build_whose_input_is_collected_while_it_runs_is_thrown_away(ben
     reader = await bench.agent()
     given = await _published(bench, reader, TREE)
     at = f"{given.path}/deep/file"
-    victim = order(drv("victim", f"while [ -e {at} ]; do :; done; echo > $out"), [given.path])
+    victim = order(drv("victim", f"echo started; while [ -e {at} ]; do :; done; echo > $out"), [given.path])
     await reader.agent.start_many([victim.dump()])
-    await reader.until(lambda: any(stage.stage == "building" and stage.step == victim.step for stage in reader.stages))
+    await _runs(reader, victim)
     _collect(bench, given)
     [report] = await reader.finish(victim)
     _missing(report, given)
