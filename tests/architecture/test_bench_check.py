@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
 from tests.benchmarks.check import FALSE_ALARM, RUNS, Verdict, judge, judge_all, rows_of
-from tests.benchmarks.report import publish
+from tests.benchmarks.report import files_are_on, publish
 from tests.support.patience import PATIENCE_S
 
 
@@ -62,3 +63,8 @@ def test_a_benchmark_that_is_asked_to_end_stops_what_it_started() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "stopped\n")
+
+
+def test_the_file_system_of_a_directory_is_known(tmp_path: Path) -> None:
+    assert files_are_on(Path("/proc")) == "proc"
+    assert files_are_on(tmp_path)

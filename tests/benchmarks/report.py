@@ -10,7 +10,12 @@ import platform
 import signal
 import statistics
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
+
+#: What `files_are_on` says of a file system that makes figures of builds worthless.
+NO_JOURNAL = "ext4 without a journal"
 
 
 def arguments(description: str, runs: int) -> argparse.ArgumentParser:
@@ -30,7 +35,29 @@ def machine() -> dict[str, object]:
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
+        "files": files_are_on(Path(tempfile.gettempdir())),
     }
+
+
+def files_are_on(directory: Path) -> str:
+    """Return the type of a directory's file system, and of ext4 whether it has a journal; empty where it is not known.
+
+    Without a journal, ext4 looks at each inode that was deleted in the last minute before it gives a new one
+    (`recently_deleted` in fs/ext4/ialloc.c). Each build makes and deletes some thirty, so Nix takes three times as long
+    for a build, by what ran in the minute before: ratios say little there.
+    """
+    try:
+        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    except OSError:
+        return ""
+    device = directory.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for words in mounts:
+        if words[2] == number:
+            kind, source = words[words.index("-") + 1 :][:2]
+            journals = Path("/proc/fs/jbd2").glob(f"{Path(source).resolve().name}-*")
+            return NO_JOURNAL if kind == "ext4" and not any(journals) else kind
+    return ""
 
 
 def progress(text: str) -> None:
@@ -65,6 +92,8 @@ def publish(
         "ratios": [float(f"{ratio:.4g}") for ratio in ratios] if len({*peer}) > 1 or len(pairs) == 1 else [],
         **extra,
     }
+    if files_are_on(Path(tempfile.gettempdir())) == NO_JOURNAL:
+        progress(f"files are on {NO_JOURNAL}, which is slow where files were deleted: set TMPDIR to another directory")
     if as_json:
         print(json.dumps(row), flush=True)
     else:
