@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -93,6 +93,10 @@ class OpenedFarm:
             while not condition():  # noqa: ASYNC110 - what is waited for is another program's doing
                 await asyncio.sleep(0.02)
 
+    def open_gate(self, name: str) -> None:
+        """Let go on what waits in a builder for a gate, see `waiting_for`."""
+        (self.root / "gates" / name).touch()
+
     def key_of(self, name: str) -> str:
         """The key of the only step with this name."""
         (key,) = (row.key for row in self.coordinator.views.rows() if row.key[33:] == name)
@@ -128,7 +132,17 @@ def only_listed_refusals() -> Iterator[list[logging.LogRecord]]:
 OpenFarm = Callable[..., AbstractAsyncContextManager[OpenedFarm]]
 
 
-def nix_workers(root: Path, names: Sequence[str], kind: type[InProcessFleet] = InProcessFleet) -> FleetFactory:
+def waiting_for(gate: str) -> str:
+    """Return what a builder of a farm's own workers waits with until the test opens that gate."""
+    return f"while [ ! -e /gates/{gate} ]; do sleep 0.1; done"
+
+
+def nix_workers(
+    root: Path,
+    names: Sequence[str],
+    kind: type[InProcessFleet] = InProcessFleet,
+    nix_options: Mapping[str, str] | None = None,
+) -> FleetFactory:
     """Workers with a chroot store each, in a fleet of that kind."""
 
     @asynccontextmanager
@@ -143,6 +157,7 @@ def nix_workers(root: Path, names: Sequence[str], kind: type[InProcessFleet] = I
                             store=str(root / name / "store"),
                             slots=2,
                             yield_to_others=False,
+                            nix_options=dict(nix_options or {}),
                         )
                     )
                 )
@@ -169,7 +184,10 @@ def open_farm(tmp_path: Path, settings: Settings) -> OpenFarm:
         clock: Clock | None = None,
         owners: tuple[OwnerSettings, ...] = (),
     ) -> AsyncIterator[OpenedFarm]:
-        factory = fleet or nix_workers(tmp_path / "workers", names)
+        gates = tmp_path / "gates"
+        gates.mkdir(exist_ok=True)
+        options = {"sandbox-paths": f"/bin/sh=/bin/busybox /gates={gates}"}
+        factory = fleet or nix_workers(tmp_path / "workers", names, nix_options=options)
         told = settings.model_copy(update={"owners": owners}) if owners else settings
         async with (
             open_coordinator(told, factory, clock=clock) as coordinator,

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from coordinator.api.estimates import ThroughputBar, ThroughputView
-from coordinator.api.models import CountsChanged, EtaView, Snapshot
+from coordinator.api.models import CountsChanged, EtaView, Snapshot, StepStatus
 from coordinator.cli.eta import eta as print_eta
 from coordinator.cli.eta import eta_lines, rate
 from coordinator.cli.rendering import duration, eta_sentence
@@ -25,7 +25,7 @@ from infra.clock import SystemClock
 from scheduler.events import BuildSucceeded
 from scheduler.model import StepKey, StepState, SubmissionId
 from scheduler.pauses import Pause, whole
-from tests.coordinator.conftest import OpenedFarm, OpenFarm
+from tests.coordinator.conftest import OpenedFarm, OpenFarm, waiting_for
 from tests.coordinator.test_views import DrivenViews, evidence, spec, submission
 from tests.support.patience import PATIENCE_S
 from tests.support.screens import NOW
@@ -39,8 +39,8 @@ rec {{
   mac = runOn "riscv64-linux" {{}} "mac-{0}" "read x < ${{low}}; echo > $out";
 }}
 """
-#: A second or so of work, beside which a busy machine may hold up the other build.
-SLOW = "i=0; while [ $i -lt 400000 ]; do i=$((i+1)); done; echo 1 > $out"
+#: Work that ends after all that is beside it.
+SLOW = f"{waiting_for('slow')}; echo 1 > $out"
 ENDLESS = "while :; do :; done"
 
 
@@ -69,6 +69,8 @@ async def test_a_submission_says_what_bounds_its_end_and_in_the_end_what_has(
 ) -> None:
     async with open_farm("one") as farm:
         sub = await farm.submit(CHAIN.format(1, SLOW), "top")
+        await farm.until(lambda: farm.states(sub.id)["side-1"] is StepStatus.DONE)
+        farm.open_gate("slow")
         await farm.ended(sub.id)
         # What has bounded it: each step of the chain begins where the one before it ended.
         found = await farm.client.eta(sub.id)

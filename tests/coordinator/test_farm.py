@@ -24,7 +24,7 @@ from coordinator.config import OwnerSettings, Settings
 from coordinator.main import open_coordinator
 from coordinator.state_lock import StateDirBusyError
 from coordinator.stores.logs import LogStore
-from tests.coordinator.conftest import PRELUDE, OpenedFarm, OpenFarm, nix_workers
+from tests.coordinator.conftest import PRELUDE, OpenedFarm, OpenFarm, nix_workers, waiting_for
 from tests.coordinator.test_cli import drover
 from tests.support.local_fleet import InProcessFleet
 from tests.support.patience import PATIENCE_S
@@ -108,17 +108,19 @@ async def test_the_same_graph_again_builds_nothing(open_farm: OpenFarm) -> None:
 
 
 async def test_two_submissions_share_work_and_each_sees_its_own_progress(open_farm: OpenFarm) -> None:
-    text = """
-    rec {
-      shared = run "shared" "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done; echo 1 > $out";
-      one = run "one" "read x < ${shared}; echo one > $out";
-      two = run "two" "read x < ${shared}; echo two > $out";
-    }
+    # It ends once both have been submitted, whichever is slower.
+    text = f"""
+    rec {{
+      shared = run "shared" "{waiting_for("shared")}; echo 1 > $out";
+      one = run "one" "read x < ${{shared}}; echo one > $out";
+      two = run "two" "read x < ${{shared}}; echo two > $out";
+    }}
     """
     async with open_farm("one") as farm:
         one = await farm.submit(text, "one")
         two = await farm.submit(text, "two")
         assert (two.counts.total, two.counts.joined) == (2, 1)
+        farm.open_gate("shared")
         ended = [await farm.ended(submission.id) for submission in (one, two)]
         assert [view.counts.done for view in ended] == [2, 2]
         assert sum(worker.built for worker in await farm.client.workers()) == 3
@@ -260,12 +262,14 @@ async def test_an_answer_that_fails_half_way_is_cut_and_never_looks_whole(
 
 
 async def test_a_log_can_be_followed_while_it_is_written(open_farm: OpenFarm) -> None:
-    loop = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"
-    text = f'rec {{ slow = run "slow" "echo one; {loop}; echo > $out; echo two"; }}'
+    text = f'rec {{ slow = run "slow" "echo one; {waiting_for("slow")}; echo > $out; echo two"; }}'
     async with open_farm("one") as farm:
         submitted = await farm.submit(text, "slow")
         await farm.until(lambda: farm.states(submitted.id)["slow"] is not StepStatus.READY)
-        log = b"".join([chunk async for chunk in farm.client.log(submitted.roots[0].step, follow=True)])
+        log = b""
+        async for chunk in farm.client.log(submitted.roots[0].step, follow=True):
+            log += chunk
+            farm.open_gate("slow")
         assert log == b"one\ntwo\n"
 
 

@@ -11,7 +11,7 @@ import pytest
 from coordinator.api.models import SubmissionState
 from coordinator.api.requests import PinRequest
 from coordinator.client.errors import RefusedError
-from tests.coordinator.conftest import OpenedFarm, OpenFarm
+from tests.coordinator.conftest import OpenedFarm, OpenFarm, waiting_for
 from tests.coordinator.test_farm import DIAMOND
 
 DAY_S = 86400.0
@@ -71,12 +71,12 @@ async def test_outputs_of_a_submission_stay_for_its_retention_and_then_go(open_f
 
 async def test_a_running_submission_loses_nothing_to_a_collection(open_farm: OpenFarm) -> None:
     clock = MovableClock()
-    text = """
-      rec {
+    text = f"""
+      rec {{
         low = run "low" "echo low > $out";
-        slow = run "slow" "read x < ${low}; i=0; while [ $i -lt 99999 ]; do i=$((i+1)); done; :>$out";
-        top = run "top" "read x < ${low}; read y < ${slow}; echo $x > $out";
-      }
+        slow = run "slow" "read x < ${{low}}; {waiting_for("slow")}; :>$out";
+        top = run "top" "read x < ${{low}}; read y < ${{slow}}; echo $x > $out";
+      }}
     """
     async with open_farm("one", clock=clock) as farm:
         submitted = await farm.submit(text, "top")
@@ -86,6 +86,7 @@ async def test_a_running_submission_loses_nothing_to_a_collection(open_farm: Ope
             clock.ahead_s += 1000 * DAY_S
             await farm.client.collect("default", dry_run=False)
         assert await published(farm, low)
+        farm.open_gate("slow")
         assert (await farm.ended(submitted.id)).state is SubmissionState.SUCCEEDED
 
 

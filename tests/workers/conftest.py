@@ -163,6 +163,20 @@ class ReportReader:
                 await self.hear(0.2)
 
 
+class BuilderGate:
+    """What builders wait for until a test opens it: `WAITS` is their line, `options` are those of their agent."""
+
+    WAITS = "while [ ! -e /gate/open ]; do sleep 0.1; done"
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir()
+        self._open = directory / "open"
+        self.options = {"sandbox-paths": f"/bin/sh=/bin/busybox /gate={directory}"}
+
+    def open(self) -> None:
+        self._open.touch()
+
+
 class AgentHarness:
     """Makes agents with stores of their own that serve one farm."""
 
@@ -223,6 +237,11 @@ async def bench(root: Path) -> AsyncIterator[AgentHarness]:
             object_store_url=objects_url,
         )
         yield AgentHarness(root, cache, farm, stack)
+
+
+@pytest.fixture
+def gate(root: Path) -> BuilderGate:
+    return BuilderGate(root / "gate")
 
 
 Made = Callable[..., Awaitable[ReportReader]]

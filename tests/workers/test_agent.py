@@ -24,7 +24,7 @@ from workers.agent.settings import WorkerSettings
 from workers.agent.stopping import stop_agents
 from workers.wire.messages import Failed, Report, Stage, Succeeded
 
-from .conftest import STORE, STORE_DIR, AgentHarness, ReportReader, drv, hash_part, nar_of, order
+from .conftest import STORE, STORE_DIR, AgentHarness, BuilderGate, ReportReader, drv, hash_part, nar_of, order
 
 #: A builder that runs until it is stopped.
 FOREVER = "echo started; while :; do sleep 1; done"
@@ -225,19 +225,23 @@ async def test_outputs_beyond_their_limit_of_size_are_not_uploaded(bench: AgentH
 
 
 async def test_an_agent_that_is_asked_to_stop_finishes_what_runs_and_hands_back_what_does_not_end(
-    bench: AgentHarness,
+    bench: AgentHarness, gate: BuilderGate
 ) -> None:
-    reader = await bench.agent(slots=2)
-    quick, endless = order(drv("quick", "sleep 1; : > $out")), order(drv("endless", FOREVER))
-    await reader.agent.start_many([quick.dump(), endless.dump()])
-    await reader.until(lambda: endless.step in reader.logs)
-    state = bench.root / "one" / "state"
-    stopping = asyncio.create_task(stop_agents([state], 3.0, lambda: False))
+    reader = await bench.agent(slots=2, nix_options=gate.options)
+    running, endless = order(drv("running", f"echo started; {gate.WAITS}; : > $out")), order(drv("endless", FOREVER))
+    await reader.agent.start_many([running.dump(), endless.dump()])
+    await reader.until(lambda: {running.step, endless.step} <= reader.logs.keys())
+    state, no_longer = bench.root / "one" / "state", asyncio.Event()
+    # The grace ends once what is to end within it has, however long a busy machine takes for that.
+    stopping = asyncio.create_task(stop_agents([state], PATIENCE_S, no_longer.is_set))
     late = order(drv("late", ": > $out"))
     await reader.until(lambda: reader.batches[-1].draining)
     await reader.agent.start_many([late.dump()])
-    success((await reader.finish(quick))[0])
     assert failure((await reader.finish(late))[0]).reason == "returned"
+    gate.open()
+    success((await reader.finish(running))[0])
+    assert endless.step not in reader.reports
+    no_longer.set()
     handed_back = failure((await reader.finish(endless))[0])
     assert handed_back.reason == "returned"
     assert "stopping" in handed_back.message

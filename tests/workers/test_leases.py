@@ -17,7 +17,7 @@ from workers.agent.agent import AgentError
 from workers.agent.outbox import CHUNK_BYTES, Outbox
 from workers.wire.messages import Batch, Failed, Hello, Stage, Succeeded
 
-from .conftest import AgentHarness, ReportReader, drv, order
+from .conftest import AgentHarness, BuilderGate, ReportReader, drv, order
 
 FOREVER = "echo started; while :; do sleep 1; done"
 
@@ -188,15 +188,17 @@ async def test_two_agents_never_share_a_state_directory(bench: AgentHarness) -> 
         await bench.agent("one")
 
 
-async def test_leases_outlive_a_coordinator_that_comes_back_under_another_address(bench: AgentHarness) -> None:
-    reader = await bench.agent(slots=1)
-    # For longer than a busy machine takes to greet the worker again.
-    running = order(drv("running", "echo started; sleep 5; : > $out"))
+async def test_leases_outlive_a_coordinator_that_comes_back_under_another_address(
+    bench: AgentHarness, gate: BuilderGate
+) -> None:
+    reader = await bench.agent(slots=1, nix_options=gate.options)
+    running = order(drv("running", f"echo started; {gate.WAITS}; : > $out"))
     await reader.agent.start_many([running.dump()])
     await reader.until(lambda: running.step in reader.logs)
     moved = bench.farm.model_copy(update={"cache_url": "http://127.0.0.1:9/cache"})
     hello = Hello.model_validate(await reader.agent.hello(moved.dump()))
     assert [lease.step for lease in hello.leases] == [running.step]
+    gate.open()
     [report] = await reader.finish(running)
     assert isinstance(report.result, Succeeded)
 

@@ -120,15 +120,16 @@ def listening_addresses(root: int) -> set[str]:
     return found
 
 
-def command_lines(root: int) -> str:
-    return "".join(Path(f"/proc/{process.pid}/cmdline").read_text() for process in process_tree(root))
-
-
 def command(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def command_lines(root: int) -> str:
+    """Return the words of all processes of a tree; one may have ended since it was listed."""
+    return b"".join(command(process.pid) for process in process_tree(root)).decode()
 
 
 def programs_below(root: int) -> Counter[bytes]:

@@ -342,7 +342,7 @@ async def test_a_coordinator_that_was_replaced_moves_nothing_any_more(bench: Age
     for name, said in arguments.items():
         with pytest.raises(AgentUnavailable, match="follows a later coordinator"):
             await old.call(name, *said)
-    batch = Batch.model_validate(await new.call("events", 0, 1 << 20, 5.0))
+    batch = Batch.model_validate(await new.call("events", 0, 1 << 20, PATIENCE_S))
     assert [lease.step for lease in batch.leases] == [running.step]
     assert not batch.draining
     assert batch.events

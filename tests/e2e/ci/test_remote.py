@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from infra.process_tree import Process, process_tree, still_alive
 from tests.e2e.conftest import BUSYBOX
 from tests.support.farm import Farm, WorkerSpec
 from tests.support.git_server import commit, git, serving_git
@@ -179,6 +180,12 @@ def test_an_interrupted_evaluation_goes_on_and_can_be_watched_and_ended(farm: Fa
     assert (watched.returncode, "was cancelled" in watched.stderr) == (3, True), watched.stderr
 
 
+def evaluators(farm: Farm) -> set[Process]:
+    """Return the programs of a farm's evaluations. Farms of other tests, which run beside this one, have such too."""
+    of_all = set(processes_with("coordinator.remote_evaluation.program"))
+    return {process for process in process_tree(farm.pid) if process.pid in of_all}
+
+
 def test_a_coordinator_that_is_killed_in_the_middle_leaves_nothing_and_the_client_goes_on(
     farm: Farm, repository: Path
 ) -> None:
@@ -193,11 +200,11 @@ def test_a_coordinator_that_is_killed_in_the_middle_leaves_nothing_and_the_clien
         said += line
         if "what it has found is built already" in line:
             break
-    before = set(processes_with("coordinator.remote_evaluation.program"))
+    before = evaluators(farm)
     assert before, said
     farm.kill()
     farm.start().wait_for_workers(1)
-    assert not before & set(processes_with("coordinator.remote_evaluation.program"))
+    assert not still_alive(before)
     trees = (farm.state / "remote-evaluation" / "trees").glob("new-*")
     assert list(trees) == []
     for line in client.stdout:

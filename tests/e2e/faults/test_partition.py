@@ -66,7 +66,8 @@ class Divided(FarmUnderFault):
         assert self.farm.drover("drain", "near").returncode == 0
         file = self.graph(f'top = step "behind-{name}" [ (step "{name}" [ ] "{WAIT_FOR_GO.format(name)}") ] ":";')
         submission = self.submit(file, "top")
-        self.until(lambda: self.step(submission, name)["stage"] == "building")
+        # A step is `building` before its builder runs.
+        self.until(lambda: self.runs()[name])
         assert self.step(submission, name)["worker"] == "far"
         assert self.farm.drover("drain", "near", "--off").returncode == 0
         return submission

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import os
-import shutil
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -160,7 +160,5 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 @pytest.fixture
 def socket_dir() -> Iterator[Path]:
     """A directory whose path is short enough for a Unix socket."""
-    directory = Path(os.environ.get("TMPDIR", "/tmp")) / f"dd{os.getpid()}"  # noqa: S108 - private by mode and name
-    directory.mkdir(mode=0o700)
-    yield directory
-    shutil.rmtree(directory)
+    with tempfile.TemporaryDirectory(prefix="dd") as directory:
+        yield Path(directory)

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,12 @@ from tests.support.processes import LEAVES_A_PROCESS, SURVIVOR, daemons_below
 
 def nothing(_: object) -> None:
     pass
+
+
+def answers(path: Path) -> bool:
+    """Return whether a daemon takes connections: its socket is there before it listens."""
+    with socket.socket(socket.AF_UNIX) as caller:
+        return caller.connect_ex(str(path)) == 0
 
 
 async def test_a_build_succeeds_and_its_output_can_be_read(store: Store) -> None:
@@ -441,7 +448,7 @@ async def test_the_socket_of_a_running_daemon_serves_builds_and_notices_a_hang_u
     arguments = [word for word in store.command if word != "--stdio"]
     daemon = await ChildProcess.start(arguments, env=store.env | {"NIX_DAEMON_SOCKET_PATH": str(path)})
     try:
-        await until(path.is_socket)
+        await until(lambda: answers(path))
         async with await open_socket(str(path)) as connection:
             await connection.set_options(Options(build_cores=1))
             assert connection.pid is None
