@@ -55,11 +55,14 @@ async def test_two_owners_share_a_worker_by_weight_however_many_submissions_each
         for view in views:
             assert (await farm.ended(view.id)).state is SubmissionState.SUCCEEDED
             attempts += await farm.client.submission_timeline(view.id)
-        assert len(attempts) == 48, "each was built once"
-        order = [each.name.partition("-")[0] for each in sorted(attempts, key=lambda each: each.leased_at or 0.0)]
+        assert sum(each.outcome != "returned" for each in attempts) == 48, "each was built once"
+        # A worker hands back what waits for a busy slot for too long: that was granted, and is granted again.
+        granted = [each.name for each in sorted(attempts, key=lambda each: each.leased_at or 0.0)]
+        order = [name.partition("-")[0] for name in dict.fromkeys(granted)]
+        again = len(granted) - len(order)
         for count in range(1, 41):
             of_ci = order[:count].count("ci")
-            assert abs(of_ci - count * 3 / 4) <= AT_ONCE, (count, order)
+            assert abs(of_ci - count * 3 / 4) <= AT_ONCE + again, (count, order)
 
 
 async def test_a_newer_submission_takes_the_place_of_an_older_one_and_what_only_that_wanted_is_not_built(

@@ -68,8 +68,12 @@ class Attack:
         assert self.farm.drover("cancel", submission["id"]).returncode == 0
 
     def until_trusted(self) -> None:
+        """Wait until the worker is online and has nothing in hand: what was cancelled may have begun once more."""
         deadline = time.monotonic() + PATIENCE_S
-        while not any(w["name"] == "allowed" and w["state"] == "online" for w in self.farm.api("workers")):
+        while True:
+            [allowed] = [worker for worker in self.farm.api("workers") if worker["name"] == "allowed"]
+            if allowed["state"] == "online" and not allowed["leases"]:
+                return
             assert time.monotonic() < deadline
             time.sleep(0.1)
 
