@@ -113,11 +113,12 @@ async def test_what_nix_eval_jobs_did_not_get_to_is_evaluated_by_our_own(
         ("die 0", "nix-eval-jobs ended early (while reading result for attrPath ''"),
         ("die 4", "evaluation worker got killed by SIGSEGV, (possible infinite recursion)); drover's own evaluators"),
         ("garbage", "nix-eval-jobs printed 'Segmentation fault', which is none of its lines; drover's own"),
-        ("hang", "nix-eval-jobs found nothing for 3 s; drover's own evaluators do the rest"),
+        ("hang", "nix-eval-jobs found nothing for 10 s; drover's own evaluators do the rest"),
     ):
         messages: list[str] = []
         its = {**env, "DROVER_STAND_IN": how}
-        timeout_s = 3 if how == "hang" else 60
+        # Far more than our own take, for which it holds too.
+        timeout_s = 10 if how == "hang" else PATIENCE_S
         found = await evaluated(file, flags=flags, env=its, messages=messages, timeout_s=timeout_s)
         assert content(found) == content(own)
         assert any(sentence in each for each in messages), messages
