@@ -165,7 +165,8 @@ def scan_canonical(data: bytes) -> Scan | None:
         return None
     parts = safe.split(b'"')
     skeleton = _SKELETON.match(b'"'.join(parts[::2]))
-    if skeleton is None:
+    # An even number of pieces: a string that does not end stands behind the last bracket.
+    if skeleton is None or len(parts) % 2 == 0:
         return None
     outputs_text, inputs_text, sources_text, args_text, _ = skeleton.groups()
     strings = parts[1::2]

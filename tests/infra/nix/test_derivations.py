@@ -160,6 +160,8 @@ def test_escapes_that_no_writer_makes_are_read_and_seen(text: bytes, value: byte
         (b"", 0),
         (b"Derived", 6),
         (MASKED + b"\n", len(MASKED)),
+        (MASKED + b'"', len(MASKED)),
+        (MASKED + b'"x', len(MASKED)),
         (MASKED[:-1], len(MASKED) - 1),
         (MASKED[:60], MASKED.index(b'"-c"')),
         (MASKED.replace(b'],[],[],"x', b'],[], [],"x'), 29),
