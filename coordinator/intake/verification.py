@@ -14,7 +14,7 @@ from coordinator.errors import IntakeError, MissingMemberError
 from coordinator.intake.acceptance import accepted, to_verifier
 from coordinator.intake.errors import DerivationRefusedError
 from coordinator.intake.verifier_pool import VerifierPool
-from coordinator.intake.verifier_waves import WaveMember, jobs_of, waves_of
+from coordinator.intake.verifier_waves import WaveMember, jobs_of, waves_of, whole
 from coordinator.stores.derivation_records import Known, NewDerivation, PackedDerivation, packed
 from coordinator.stores.derivations import DerivationStore
 from infra.nix import aterm
@@ -59,11 +59,11 @@ class StreamVerifier:
 
     async def _side_by_side(self, pool: VerifierPool, batch: Sequence[tuple[str, bytes]]) -> list[PackedDerivation]:
         """Return the same as child processes verify it; nothing where they do not."""
-        waves, outside = await asyncio.to_thread(self._waves, batch)
+        waves, outside = await asyncio.to_thread(self._waves, batch, is_whole=pool.is_native)
         await self._look_up(outside)
         done: dict[str, PackedDerivation] = {}
         for wave in waves:
-            jobs = jobs_of(wave, pool.size)
+            jobs = [wave] if pool.is_native else jobs_of(wave, pool.size)
             answers = await asyncio.gather(*(pool.verify(job, self._known, self._stream) for job in jobs))
             if not all(answers):
                 return []
@@ -72,9 +72,11 @@ class StreamVerifier:
                 done.update((each.node.drv, each) for each in answer)
         return [done[name] for name, _ in batch] if waves else []
 
-    def _waves(self, batch: Sequence[tuple[str, bytes]]) -> tuple[list[list[WaveMember]], set[str]]:
+    def _waves(
+        self, batch: Sequence[tuple[str, bytes]], *, is_whole: bool
+    ) -> tuple[list[Sequence[WaveMember]], set[str]]:
         """Return a batch in waves, and those of its inputs that are neither in it nor known yet. For a thread."""
-        waves = waves_of(batch)
+        waves: list[Sequence[WaveMember]] = [*filter(None, (whole(batch),))] if is_whole else [*waves_of(batch)]
         needs = {need for wave in waves for member in wave for need in member.inputs}
         return waves, needs.difference(self._known, [name for name, _ in batch])
 

@@ -8,13 +8,36 @@ written, in order, or none at all where one is refused or the job is not sound. 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import IO, Any, Final
 
 import orjson
 
 from coordinator.stores.derivation_records import Kind, Known, PackedDerivation, node_of
+from scheduler.values import quick
 
 _INT: Final = 4
+
+
+@quick
+@dataclass(frozen=True, slots=True)
+class JobAnswer:
+    """One member of a job as it is written: the fields of a `PackedDerivation`, of its node those that no JSON has."""
+
+    drv: str
+    step: str
+    kind: int
+    modulo: bytes
+    detail: bytes
+    inputs: bytes
+    aterm: bytes
+    content: str
+
+    @classmethod
+    def of(cls, each: PackedDerivation) -> JobAnswer:
+        """Return the answer with a member that was packed here."""
+        node = each.node
+        return cls(node.drv, node.step, int(node.kind), each.modulo, each.detail, each.inputs, each.aterm, each.content)
 
 
 def write_job(pipe: IO[bytes], members: Sequence[tuple[str, bytes]], known: Mapping[str, Known], *, anew: bool) -> None:
@@ -48,18 +71,10 @@ def read_job(pipe: IO[bytes]) -> tuple[list[tuple[str, bytes]], dict[str, Known]
     return members, known, header["anew"]
 
 
-def write_answer(pipe: IO[bytes], done: Sequence[PackedDerivation]) -> None:
+def write_answer(pipe: IO[bytes], done: Sequence[JobAnswer]) -> None:
     """Send the members of a job as they are written, or nothing of them."""
     header = [
-        (
-            each.node.drv,
-            each.node.step,
-            int(each.node.kind),
-            each.content,
-            len(each.detail),
-            len(each.inputs),
-            len(each.aterm),
-        )
+        (each.drv, each.step, each.kind, each.content, len(each.detail), len(each.inputs), len(each.aterm))
         for each in done
     ]
     _write(pipe, header, [part for each in done for part in (each.modulo, each.detail, each.inputs, each.aterm)])

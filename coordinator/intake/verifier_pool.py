@@ -21,9 +21,13 @@ from typing import IO, Final
 from coordinator.intake.verifier_jobs import read_answer, write_job
 from coordinator.intake.verifier_waves import WaveMember
 from coordinator.stores.derivation_records import Known, PackedDerivation
+from infra.compiled.finder import SWITCH
+from infra.nix.verify_quickly import is_native
 
 #: Child processes at most; each takes some 30 MB, and what it remembers.
 MAX_CHILDREN: Final = 16
+#: The same where they verify natively: a second one is for a second stream.
+MAX_NATIVE_CHILDREN: Final = 2
 #: Derivations that a child remembers of the stream of its last job, some 700 bytes each; then it begins anew.
 MAX_REMEMBERED: Final = 20_000
 #: Seconds without a job after which they end.
@@ -31,7 +35,7 @@ IDLE_S: Final = 60.0
 #: Seconds for one job, and for the start of a process: one that takes longer is ended.
 JOB_S: Final = 60.0
 #: Variables of the coordinator's environment that a child gets: none that holds a secret.
-_ENVIRONMENT: Final = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "VIRTUAL_ENV")
+_ENVIRONMENT: Final = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "VIRTUAL_ENV", SWITCH)
 
 #: What a process that has ended, hangs or answers something else looks like.
 _BROKEN: Final = (OSError, EOFError, TimeoutError, ValueError)
@@ -94,11 +98,13 @@ class VerifierPool:
 
     def __init__(self, store_dir: str, most: int | None = None) -> None:
         self._store_dir = store_dir
+        #: Whether they verify natively: one of them keeps up with a stream then, and takes its batches whole.
+        self.is_native = is_native()
         #: How many there are at most; none: all is verified in threads.
-        self.most = _processors() if most is None else most
+        self.most = (_native_processes() if self.is_native else _processes()) if most is None else most
         self._children: set[_Child] = set()
-        #: None where one has ended, for those that wait.
-        self._idle: asyncio.Queue[_Child | None] = asyncio.Queue()
+        #: The last one first, which remembers the most; None where one has ended, for those that wait.
+        self._idle: asyncio.Queue[_Child | None] = asyncio.LifoQueue()
         self._starting: set[asyncio.Task[None]] = set()
         self._used_at = 0.0
         self._is_closed = False
@@ -206,9 +212,18 @@ class VerifierPool:
 
 
 def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processes() -> int:
     """Return how many processes there should be at most; one processor alone gains nothing by any."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = _processors()
     return min(MAX_CHILDREN, count) if count > 1 else 0
+
+
+def _native_processes() -> int:
+    """Return how many native processes there should be at most; one processor alone gains by one."""
+    return min(MAX_NATIVE_CHILDREN, _processors())
 
 
 async def _within(answer: Awaitable[list[PackedDerivation]]) -> list[PackedDerivation]:

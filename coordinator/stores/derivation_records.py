@@ -102,15 +102,29 @@ class PackedDerivation:
 
 def packed(batch: Iterable[NewDerivation]) -> list[PackedDerivation]:
     """Return verified derivations as they are written. For a thread: compressing takes as long as they are large."""
-    compressor = zstandard.ZstdCompressor(level=_LEVEL)
-    return [_packed(new, compressor) for new in batch]
+    compressor = AtermCompressor()
+    return [pack(new, compressor) for new in batch]
 
 
-def _packed(new: NewDerivation, compressor: zstandard.ZstdCompressor) -> PackedDerivation:
+class AtermCompressor:
+    """Compresses the bytes of .drv files, one after the other."""
+
+    def __init__(self) -> None:
+        self._compressor = zstandard.ZstdCompressor(level=_LEVEL)
+
+    def compress(self, aterm: bytes) -> bytes:
+        """Return the bytes as they are written: as they are where compression does not pay."""
+        if len(aterm) < _COMPRESS_FROM:
+            return aterm
+        compressed = self._compressor.compress(aterm)
+        return compressed if len(compressed) < len(aterm) else aterm
+
+
+def pack(new: NewDerivation, compressor: AtermCompressor) -> PackedDerivation:
+    """Return a verified derivation as it is written."""
     node = new.node
-    aterm = compressor.compress(new.aterm) if len(new.aterm) >= _COMPRESS_FROM else new.aterm
     detail = orjson.dumps((node.system, node.features, node.outputs, node.needs, node.sources))
-    aterm = aterm if len(aterm) < len(new.aterm) else new.aterm
+    aterm = compressor.compress(new.aterm)
     return PackedDerivation(node, new.modulo, detail, orjson.dumps(new.inputs), aterm, new.content)
 
 

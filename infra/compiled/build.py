@@ -1,4 +1,4 @@
-"""Compilation of the scheduler by mypyc: `./run compile`.
+"""Compilation of the scheduler by mypyc, and of the native module by the C compiler: `./run compile`.
 
 The build lies in the virtual environment, beside nothing that git sees, and goes with it. A compiler works in a
 directory of its own; the manifest, which says where the build is, takes the place of the former one last and in one
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from infra.compiled.finder import FORMAT, MANIFEST, SWITCH, Manifest
-from infra.compiled.modules import MODULES, PACKAGE
+from infra.compiled.modules import MODULES, NATIVE, NATIVE_SOURCE, PACKAGE
 
 #: More takes half a minute longer and gives nothing that can be measured.
 OPTIMISATION: Final = "1"
@@ -45,13 +45,13 @@ class CompileError(Exception):
 
 def sources_of(top: Path) -> list[Path]:
     """Return the sources that a build depends on."""
-    return sorted((top / PACKAGE).glob("*.py"))
+    return [*sorted((top / PACKAGE).glob("*.py")), *top.glob(NATIVE_SOURCE)]
 
 
 def compile_modules(
     top: Path,
     place: Path,
-    modules: Sequence[str] = MODULES,
+    modules: Sequence[str] = (*MODULES, NATIVE),
     optimisation: str = OPTIMISATION,
     cache: Path | None = None,
 ) -> None:
@@ -152,8 +152,8 @@ def _source_lines(top: Path) -> list[str]:
 
 def _manifest(top: Path, work: Path, sources: Sequence[str]) -> str:
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    # It stands above all packages, or beside the one module that was compiled.
-    (library,) = [each.relative_to(work) for each in work.rglob(f"*__mypyc{suffix}")]
+    # It stands above all packages, or beside the one module that was compiled; a native module alone has none.
+    library = next((each.relative_to(work) for each in work.rglob(f"*__mypyc{suffix}")), "")
     lines = [
         FORMAT,
         f"python {sys.version}",
@@ -190,7 +190,9 @@ def _alone(place: Path) -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, or say or undo what was compiled."""
-    parser = argparse.ArgumentParser(prog="./run compile", description="Compile the scheduler for this environment.")
+    parser = argparse.ArgumentParser(
+        prog="./run compile", description="Compile what runs compiled, for this environment."
+    )
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--remove", action="store_true", help="run from source again")
     choice.add_argument("--check", action="store_true", help="end with 1 where no fresh build is used, and say why")
@@ -217,7 +219,10 @@ def _check(place: Path) -> int:
     if not (place / MANIFEST).exists():
         answer = "nothing is compiled, so the scheduler runs from source: ./run compile compiles it"
     elif is_fresh(place):
-        answer = f"{len(MODULES)} modules of the scheduler run compiled; start the coordinator again to use them"
+        answer = (
+            f"{len(MODULES)} modules of the scheduler run compiled, and derivations are verified natively; "
+            "start the coordinator again to use them"
+        )
     else:
         answer = "the compiled modules are stale, so the scheduler runs from source: run ./run compile again"
     print(answer)  # noqa: T201  a command

@@ -1,11 +1,11 @@
-"""Import of compiled modules in place of their sources, as long as these are what was compiled.
+"""Import of compiled modules in place of their sources, and of the native one, as long as these are what was compiled.
 
 `./run compile` has each start of the environment's interpreter install the finder (`install`), which costs nothing
 until a module is imported that may be compiled. Then the manifest of the build is read once, and the sources are
 compared with it: by size and time of change, and by their hashes where these differ, as after a checkout to and fro. If
 one differs, the whole build is stale and everything runs from source. Nothing large is imported here.
 
-    drover compiled 1
+    drover compiled 2
     python 3.11.2 (main, …) [GCC 12.2.0]
     top /home/me/drover
     directory 0f3c…
@@ -24,9 +24,9 @@ from importlib.util import spec_from_file_location
 from types import ModuleType
 from typing import Final
 
-from infra.compiled.modules import MODULES
+from infra.compiled.modules import MODULES, NATIVE
 
-FORMAT: Final = "drover compiled 1"
+FORMAT: Final = "drover compiled 2"
 MANIFEST: Final = "current"
 #: Environment variable that has everything run from source where it is "no".
 SWITCH: Final = "DROVER_COMPILED"
@@ -92,7 +92,7 @@ class CompiledFinder:
             self._look()
         found = self._manifest
         # Another checkout may stand first in `sys.path`.
-        if found is None or path is None or f"{found.top}/{name.rpartition('.')[0]}" not in path:
+        if found is None or path is None or f"{found.top}/{name.rpartition('.')[0].replace('.', '/')}" not in path:
             return None
         return self._spec(found, name)
 
@@ -127,7 +127,7 @@ class CompiledFinder:
         return spec_from_file_location(name, file, loader=ExtensionFileLoader(name, file))
 
 
-_NAMES: Final = frozenset(MODULES)
+_NAMES: Final = frozenset((*MODULES, NATIVE))
 #: The finder of this process; empty where the environment has no compiled build.
 _installed: Final[list[CompiledFinder]] = []
 

@@ -186,7 +186,7 @@ class Verifier:
         entries: list[tuple[str, tuple[str, ...]]] = []
         paths = list(drv.input_srcs)
         deferred = False
-        known_of = self._known.get
+        known_of = self.known
         for input_path, names in drv.input_drvs:
             known = known_of(input_path)
             if known is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import sqlite3
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -21,9 +23,14 @@ from coordinator.intake.verifier_pool import VerifierPool
 from coordinator.intake.verifier_waves import WaveMember
 from coordinator.stores.derivation_records import Known
 from coordinator.stores.derivations import DerivationStore
+from infra.compiled import build
+from infra.compiled.finder import SWITCH
+from infra.compiled.modules import NATIVE
 from tests.coordinator.test_intake import STORE, IntakeHarness
 from tests.support.cache import open_cache
 from tests.support.graphs import Made, Maker, relocated
+
+TOP = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +40,32 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verifier_waves, "JOB_FROM", 4)
 
 
+@pytest.fixture(scope="module")
+def native_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which the native part is compiled, and from which Python installs it where it starts."""
+    place = tmp_path_factory.mktemp("native")
+    build.compile_modules(TOP, place, (NATIVE,))
+    program = f"from infra.compiled import finder; finder.install({str(place)!r})\n"
+    (place / "sitecustomize.py").write_text(program)
+    return place
+
+
+@pytest.fixture(params=["source", "native"])
+def is_native(request: pytest.FixtureRequest, native_place: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether processes that are started verify natively."""
+    is_native: bool = request.param == "native"
+    monkeypatch.setenv(SWITCH, "yes" if is_native else "no")
+    monkeypatch.setenv("PYTHONPATH", f"{native_place}:{TOP}")
+    look = "from infra.nix.verify_quickly import load_native; print(load_native() is not None)"
+    answer = subprocess.run([sys.executable, "-P", "-c", look], cwd="/", capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == [str(is_native)]
+    return is_native
+
+
 @pytest.fixture
-async def pool() -> AsyncIterator[VerifierPool]:
+async def pool(is_native: bool) -> AsyncIterator[VerifierPool]:
     pool = VerifierPool(STORE.path, most=2)
+    pool.is_native = is_native
     yield pool
     await pool.close()
     assert pool.size == 0
@@ -149,7 +179,9 @@ async def test_a_process_is_told_once_of_each_input_in_one_stream(
     await pool.started()
     await opened(tmp_path / "state", pool, [graph, graph])
     processes = {process for process, _, _ in jobs}
-    assert len(processes) == 2
+    # Natively, one process takes each of the three pieces whole.
+    assert len(processes) == (1 if pool.is_native else 2)
+    assert (len(jobs) == 2 * 3) is pool.is_native
     for process in processes:
         streams: list[list[set[str]]] = []
         for _, names, anew in (job for job in jobs if job[0] == process):

@@ -1,0 +1,3 @@
+def verify(
+    store_dir: str, base_name: str, data: bytes, records: dict[str, bytes]
+) -> tuple[str, int, str, bytes, bytes, bytes] | None: ...
