@@ -18,6 +18,9 @@ Beside the wall time stands the processor time of this process and of its childr
 stream follows what more cores can give at best: this process is one thread's worth of Python, its children divide
 their work.
 
+Where `./run compile` was run, runs from source and with the native verification come in turn; the scheduler runs
+compiled in both then.
+
 The coordinator's part runs as in a coordinator: its threads give way soon, long collections are rare, and none happens
 while a submission is planned and taken.
 """
@@ -48,9 +51,11 @@ from coordinator.intake.verifier_pool import VerifierPool
 from coordinator.stores.derivations import DerivationStore
 from infra.cache.cache import Cache
 from infra.collector import collector_paused, long_collections_kept_rare
+from infra.compiled.finder import SWITCH
 from infra.nix.nar import NarData, NarFile, write_events
 from infra.nix.signing import generate
 from infra.nix.store_path import StoreDir, base_name_of
+from infra.nix.verify_quickly import is_native
 from infra.objects.store import open_object_store
 from infra.thread_switches import switching_often
 from scheduler.farm import Farm
@@ -197,7 +202,7 @@ class Laps:
         self.stages[name] = Stage(*(now - then for now, then in zip(self._before, before, strict=True)))
 
 
-async def ingest(root: Path, state: Path, roots: list[Made], processes: int) -> dict[str, Stage]:
+async def ingest(root: Path, state: Path, roots: list[Made], processes: int, *, native: bool) -> dict[str, Stage]:
     """One run into empty databases; returns what each stage took."""
     objects = open_object_store((state / "objects").as_uri())
     cache = await Cache.open(
@@ -213,6 +218,9 @@ async def ingest(root: Path, state: Path, roots: list[Made], processes: int) -> 
     intake = Intake(derivations, cache, objects, STORE, verifiers=verifiers)
     farm = Farm()
     if verifiers is not None:
+        # They look at it where they start.
+        os.environ[SWITCH] = "yes" if native else "no"
+        verifiers.is_native = native
         # A client takes longer to read than they take to start.
         verifiers.start()
         await verifiers.started()
@@ -276,12 +284,14 @@ def report(
     peers: Mapping[str, list[tuple[float, float]]],
     count: int,
     *,
+    native: bool,
     as_json: bool,
 ) -> None:
     """Print what `processes` children gave, beside each peer."""
     stages = median_stages(ours)
     rates = [count / sum(stage.wall for stage in run.values()) for run in ours]
-    named = f"ingest, {processes} verifying processes" if processes else "ingest, one process"
+    kind = "native" if native else "verifying"
+    named = f"ingest, {processes} {kind} processes" if processes else "ingest, one process"
     for (peer, seconds), target in zip(peers.items(), TARGETS, strict=True):
         publish(
             f"{named}, beside {peer}",
@@ -312,7 +322,11 @@ def main() -> None:
         help="children that verify, each number in turn (default: %(default)s)",
     )
     options = parser.parse_args()
-    ours: dict[int, list[dict[str, Stage]]] = {processes: [] for processes in options.processes}
+    kinds = [(processes, False) for processes in options.processes]
+    if is_native():
+        # One keeps up with a stream.
+        kinds += [(1, True)]
+    ours: dict[tuple[int, bool], list[dict[str, Stage]]] = {kind: [] for kind in kinds}
     peers: dict[str, list[tuple[float, float]]] = {REQUISITES: [], SHOW: []}
     with tempfile.TemporaryDirectory(prefix="drover-ingest-") as directory:
         top = Path(directory)
@@ -325,22 +339,22 @@ def main() -> None:
         del everything
         gc.collect()
         for run in range(options.runs):
-            for processes, runs in ours.items():
-                state = top / f"state-{run}-{processes}"
+            for (processes, native), runs in ours.items():
+                state = top / f"state-{run}-{processes}-{native}"
                 (state / "objects").mkdir(parents=True)
                 with (
                     switching_often(),
                     long_collections_kept_rare(),
                     asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
                 ):
-                    runs.append(runner.run(ingest(top / "client", state, roots, processes)))
+                    runs.append(runner.run(ingest(top / "client", state, roots, processes, native=native)))
                 shown = ", ".join(f"{name} {stage.wall:.2f}" for name, stage in runs[-1].items())
-                progress(f"run {run + 1}, {processes} processes: {shown} s")
+                progress(f"run {run + 1}, {processes} {'native ' * native}processes: {shown} s")
             peers[REQUISITES].append(processor_of(lambda: nix_requisites(top / "client", roots, count)))
             peers[SHOW].append(processor_of(lambda: nix_show(top / "client", roots)))
             progress(f"run {run + 1}: {', '.join(f'{name} {seconds[-1][0]:.2f} s' for name, seconds in peers.items())}")
-    for processes, runs in ours.items():
-        report(processes, runs, peers, count, as_json=options.json)
+    for (processes, native), runs in ours.items():
+        report(processes, runs, peers, count, native=native, as_json=options.json)
 
 
 if __name__ == "__main__":
