@@ -17,7 +17,7 @@ from typing import Final
 
 from infra.daemon import owner, usage
 from infra.daemon.confinement import UNCONFINED, Confinement
-from infra.daemon.control_groups import ControlGroup, ControlGroups, GroupAccount
+from infra.daemon.control_groups import ControlGroup, ControlGroups, GroupAccount, read_whole
 from infra.daemon.errors import DaemonGone
 from infra.process import ChildProcess, ProcessNotFound
 
@@ -36,7 +36,7 @@ ORPHANS_END_S: Final = 5.0
 
 def _children(pid: int) -> list[int]:
     """Return the children of a process's main thread, oldest first. Raises `OSError` where it is gone."""
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_bytes().split()]
+    return [int(word) for word in read_whole(f"/proc/{pid}/task/{pid}/children").split()]
 
 
 class Child:

@@ -180,6 +180,25 @@ class DaemonConnection(Conversation):
                     refused[path] = error
         return refused
 
+    async def root_valid_paths(self, paths: Iterable[str]) -> frozenset[str]:
+        """Do `add_temp_roots`, then `query_valid_paths`; up to ROOTS_AT_ONCE paths are requested all together."""
+        wanted = sorted(set(paths))
+        if not wanted or len(wanted) > ROOTS_AT_ONCE:
+            await self.add_temp_roots(wanted)
+            return await self.query_valid_paths(wanted)
+        question = Encoder().integer(Operation.QUERY_VALID_PATHS).strings(wanted).integer(0).getvalue()
+        async with self._guarded():
+            async with self._noticing_silence():
+                await self._channel.send(_roots_request(wanted) + question)
+                refused = [path for path in wanted if not await self._is_root_taken()]
+                await self._until_last(ignore)
+            valid = frozenset(await self._channel.words("valid paths", len(wanted)))
+        if not refused:
+            return valid
+        # They may be collected until they are kept: what was said of them before that counts for nothing.
+        await self.add_temp_roots(refused)
+        return valid.difference(refused) | await self.query_valid_paths(refused)
+
     async def build_derivation(
         self,
         drv_path: str,

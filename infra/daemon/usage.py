@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from infra.daemon.control_groups import GroupAccount
+from infra.daemon.control_groups import GroupAccount, read_whole
 
 #: Unit of /proc/PID/statm, bytes, and of times in /proc/PID/stat, seconds.
 PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
@@ -53,7 +53,7 @@ def read_account(pid: int) -> Account | None:
     """Return the account of a process; None where /proc has none."""
     try:
         # pid (name) state ppid ...; the name may hold anything, parentheses and blanks included.
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        fields = read_whole(f"/proc/{pid}/stat").rpartition(b")")[2].split()
         # Fields 11, 14 to 17 of proc(5), less the two before the state and one for counting from 0.
         faults, user, system = int(fields[8]), int(fields[13]), int(fields[14])
         own = int(fields[11]) + int(fields[12])
@@ -111,7 +111,7 @@ def _difference(before: int | None, after: int | None) -> int | None:
 
 def _disk_bytes(pid: int) -> tuple[int | None, int | None]:
     try:
-        lines = dict(line.split(b": ") for line in Path(f"/proc/{pid}/io").read_bytes().splitlines())
+        lines = dict(line.split(b": ") for line in read_whole(f"/proc/{pid}/io").splitlines())
         return int(lines[b"read_bytes"]), int(lines[b"write_bytes"])
     except (OSError, ValueError, KeyError):
         return None, None

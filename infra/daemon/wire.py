@@ -69,6 +69,8 @@ _INT = struct.Struct("<Q")
 _read_int_at: Final = _INT.unpack_from
 #: tag, activity id, result type, number of fields, kind of the first field, its length
 _RESULT_HEAD = struct.Struct("<6Q")
+#: The same and all fields, where so many of them are integers: kind and value of each.
+_NUMBERS: Final = tuple(struct.Struct(f"<{4 + 2 * count}Q") for count in range(5))
 _FIELD_INT = 0
 _FIELD_STRING = 1
 _ZEROS = bytes(8)
@@ -435,6 +437,12 @@ class Inbox:
                     self._position = start
                     raise
                 return Result(activity, kind, (line,))
+            if tag == TAG_RESULT and 0 < count < len(_NUMBERS) and available >= 32 + 16 * count:
+                # Most messages of a short build: counts of what is to be done, done and expected.
+                numbers = _NUMBERS[count].unpack_from(self._buffer, start)
+                if not any(numbers[4::2]):
+                    self._position = start + 32 + 16 * count
+                    return Result(activity, kind, numbers[5::2])
         return self.attempt(_read_any_message)
 
 

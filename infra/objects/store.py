@@ -340,7 +340,7 @@ class LocalObjectStore(ObjectStore):
 
     def put_pieces_now(self, pieces: Iterable[bytes], key: Callable[[], str]) -> None:
         """Write an object of any size in a thread; `key` names it at its end. Where either raises, nothing is left."""
-        staged = self._path(incoming_key())
+        staged = f"{self._root}/{incoming_key()}"
         try:
             with self._errors("write", "an object"):
                 descriptor = create(staged)
@@ -350,12 +350,12 @@ class LocalObjectStore(ObjectStore):
                         write_all(descriptor, piece)
             finally:
                 os.close(descriptor)
-            final = self._path(key())
+            final = f"{self._root}/{check_key(key())}"
             with self._errors("rename", "an object"):
                 rename(staged, final)
         except BaseException:
             with suppress(OSError):
-                staged.unlink()
+                os.unlink(staged)  # noqa: PTH108 - no path object, as in `put_file`
             raise
 
     async def rename(self, source: str, target: str) -> None:

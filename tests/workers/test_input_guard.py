@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from infra.nix.hashing import sha256_text
 from tests.support.farm import nix_store
 from workers.agent import health, input_guard
-from workers.agent.input_guard import Alteration, identify
+from workers.agent.daemon_pool import DaemonOpener, DaemonSession, SessionPool
+from workers.agent.input_guard import Alteration, InputChangedError, InputGuard, identify
 from workers.wire.messages import Failed, LeaseOrder, Output, Report, Succeeded
 
 from .conftest import AgentHarness, ReportReader, drv, nar_of, order
@@ -230,6 +233,37 @@ async def test_what_was_built_here_may_come_back_with_the_contents_of_another_bu
     [output] = bench.publish(report)
     assert output.nar_hash == given.nar_hash
     assert not any(batch.unfit for batch in reader.batches)
+
+
+async def test_a_record_that_is_not_the_stores_own_is_put_right_by_the_first_look(bench: AgentHarness) -> None:
+    given = await _published(bench, await bench.agent(), FILE)
+    store = bench.root / "one/store"
+    argv = ["nix-daemon", "--stdio", "--store", str(store), "--option", "substituters", ""]
+    session = DaemonSession(DaemonOpener(argv, "/nix/store"))
+    guard = InputGuard(store / "nix/store", SessionPool([session]), lambda: False)
+    path = given.narinfo().path
+    # As of a transfer whose path another one had brought meanwhile.
+    guard.knows([replace(path, nar_hash=sha256_text(b"o" * 32), nar_size=path.nar_size + 8)])
+    try:
+        await guard.begin([path.store_path], [], session)
+        assert not guard.trouble
+        _tamper(_in_store(bench, given))
+        with pytest.raises(InputChangedError, match=path.store_path):
+            await guard.begin([path.store_path], [], session)
+        assert guard.trouble
+    finally:
+        await session.close()
+
+
+async def test_a_fetched_input_that_is_changed_before_its_first_use_is_noticed(bench: AgentHarness) -> None:
+    given = await _published(bench, await bench.agent(), FILE)
+    reader = await bench.agent("two", nix_options=WEAK)
+    warm = order(drv("warm", "exit 1"), [given.path])
+    await reader.build(warm)
+    _tamper(_in_store(bench, given, "two"))
+    [report] = await reader.build(order(drv("reader", f"read x < {given.path}; echo $x > $out"), [given.path]))
+    _spoilt(report, given)
+    await _until_mended(reader)
 
 
 async def test_a_collector_that_has_not_deleted_all_of_an_input_has_changed_nothing(bench: AgentHarness) -> None:

@@ -345,7 +345,9 @@ class Agent:
                 async with self._slots[0].use() as connection:
                     self._nix_version = connection.nix_version
                 async with asyncio.TaskGroup() as group:
-                    self._inputs = InputFetcher(roots, transfers, group, self._clock, self._outbox.moved)
+                    self._inputs = InputFetcher(
+                        roots, transfers, group, self._clock, moved=self._outbox.moved, added=self._guard.knows
+                    )
                     self._ahead = AheadFetcher(self._inputs, ahead, group, self._clock, self._health.has_room)
                     self._leases = self._runner(group)
                     # Before the farm is met: it shall not give a worker that cannot build anything to build.

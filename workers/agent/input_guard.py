@@ -209,7 +209,10 @@ class InputGuard:
         self._spoilt.difference_update(outputs)
 
     def knows(self, infos: Iterable[PathInfo]) -> None:
-        """Take the store's records of what a build has just made, which others may have for inputs."""
+        """Take records that the store has just got, of what a build made or a transfer added.
+
+        Of a path that came another way meanwhile it has another: the look that finds other contents asks for it.
+        """
         if len(self._records) >= MAX_KNOWN:
             self._records.clear()
         for info in infos:
@@ -264,26 +267,33 @@ class InputGuard:
     async def _closure(self, inputs: Collection[str]) -> tuple[str, ...]:
         """Return the inputs and all that they refer to, whose records are known then."""
         found: dict[str, None] = dict.fromkeys(inputs)
-        stack = list(found)
-        while stack and len(found) <= MAX_CLOSURE:
-            path = stack.pop()
-            for reference in (await self._record(path)).reference_paths:
-                if reference not in found:
-                    found[reference] = None
-                    stack.append(reference)
+        layer = list(found)
+        while layer and len(found) <= MAX_CLOSURE:
+            below: dict[str, None] = {}
+            for record in await self._records_of(layer):
+                below.update(dict.fromkeys(path for path in record.reference_paths if path not in found))
+            found |= below
+            layer = list(below)
         return tuple(found)
 
-    async def _record(self, path: str) -> PathInfo:
-        known = self._records.get(path)
-        if known is None:
-            async with self._readers.use() as connection:
-                info = await connection.query_path_info(path)
+    async def _records_of(self, paths: Sequence[str]) -> list[PathInfo]:
+        """Return the records of paths; those that are not known are asked for together."""
+        known = {path: self._records[path] for path in paths if path in self._records}
+        unknown = [path for path in paths if path not in known]
+        if not unknown:
+            return [known[path] for path in paths]
+        async with self._readers.use() as connection:
+            answers = await connection.query_path_infos(unknown)
+        asked: dict[str, PathInfo] = {}
+        for path, info in zip(unknown, answers, strict=True):
             if info is None:
                 raise _collected(path)
-            if len(self._records) >= MAX_KNOWN:
-                self._records.clear()
-            known = self._records[path] = _looked_at(info)
-        return known
+            asked[path] = _looked_at(info)
+        known |= asked
+        if len(self._records) + len(asked) > MAX_KNOWN:
+            self._records.clear()
+        self._records |= asked
+        return [known[path] for path in paths]
 
     async def _look(self, paths: Sequence[str], *, sample: bool) -> None:
         """Look at paths, remember how they are now.
@@ -293,7 +303,7 @@ class InputGuard:
         """
         if not paths:
             return
-        looks = self._plan([await self._record(path) for path in paths], sample=sample)
+        looks = self._plan(await self._records_of(paths), sample=sample)
         if sum(look.path.nar_size for look in looks) <= HERE_BYTES:
             found = _look_at(self._store, looks, self._looks, self._budget)
         else:

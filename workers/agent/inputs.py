@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from infra.clock import Clock
 from infra.daemon import DaemonGone, DaemonOperationError, Upload
 from infra.nix.narinfo import NarInfo
+from infra.nix.path_info import PathInfo
 from workers.agent.attempt_record import AttemptRecord, Fetched, FetchLog, Moving
 from workers.agent.daemon_pool import DaemonSession, SessionPool
 from workers.agent.farm_sources import FarmSources, InputError, patiently
@@ -59,10 +60,13 @@ class InputFetcher:
         transfers: SessionPool,
         group: asyncio.TaskGroup,
         clock: Clock,
+        *,
         moved: Callable[[], None] = lambda: None,
+        added: Callable[[Iterable[PathInfo]], None] = lambda _: None,
     ) -> None:
-        """`moved` is called with each piece that comes."""
+        """`moved` is called with each piece that comes, `added` with the records of paths that a transfer has added."""
         self._moved = moved
+        self._added = added
         self._roots = roots
         self._transfers = transfers
         self._group = group
@@ -199,8 +203,7 @@ class InputFetcher:
                 self._generation = self._roots.generation
             unknown = paths - self._valid
             if unknown:
-                await connection.add_temp_roots(sorted(unknown))
-                self._valid |= await connection.query_valid_paths(unknown)
+                self._valid |= await connection.root_valid_paths(unknown)
             missing = paths - self._valid
             self._lacked |= missing
             return missing
@@ -274,6 +277,7 @@ class InputFetcher:
                 raise InputError(f"the store refuses an input: {refused}") from refused
             finally:
                 await stream.close()
+        self._added(info.path for info in infos)
         # What is for a lease to come is rooted by that one, as far as it has been planned.
         self.arrived(info.store_path for info in infos)
 

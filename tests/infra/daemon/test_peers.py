@@ -162,6 +162,38 @@ async def test_roots_are_requested_together_and_the_refused_ones_again(socket_di
         assert connection.unusable_reason
 
 
+async def test_validity_is_asked_together_with_roots_and_anew_of_those_that_were_refused(socket_dir: Path) -> None:
+    kept, refused, absent = paths = [f"{PATH}-{number}" for number in range(3)]
+
+    async def script(peer: Peer) -> None:
+        await peer.shake_hands(34)
+        for path in paths:
+            await peer.expect(Encoder().integer(11).string(path))
+        await peer.expect(Encoder().integer(31).strings(paths).integer(0))
+        await peer.say(Encoder().integer(TAG_LAST).integer(1))
+        await peer.fail("cannot connect to socket at '/nix/var/nix/gc-socket/socket'")
+        await peer.say(Encoder().integer(TAG_LAST).integer(1))
+        await peer.say(Encoder().integer(TAG_LAST).strings([kept, refused]))
+        # It was valid before it was kept, and is collected meanwhile.
+        await peer.expect(Encoder().integer(11).string(refused))
+        await peer.say(Encoder().integer(TAG_LAST).integer(1))
+        await peer.expect(Encoder().integer(31).strings([refused]).integer(0))
+        await peer.say(Encoder().integer(TAG_LAST).strings([]))
+        await peer.expect(Encoder().integer(11).string(absent))
+        await peer.expect(Encoder().integer(31).strings([absent]).integer(0))
+        await peer.say(Encoder().integer(TAG_LAST).integer(1))
+        await peer.fail("the database is gone")
+        await peer.expect(Encoder().integer(11).string(kept))
+
+    async with connected(socket_dir, script) as connection:
+        assert await connection.root_valid_paths(paths) == {kept}
+        with pytest.raises(DaemonOperationError, match="the database is gone"):
+            await connection.root_valid_paths([absent])
+        with pytest.raises(DaemonGone) as gone:
+            await connection.root_valid_paths([kept])
+        assert gone.value.unanswered
+
+
 @pytest.mark.parametrize("greeting", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0" * 64])
 async def test_a_peer_that_is_no_daemon_is_a_protocol_error(socket_dir: Path, greeting: bytes) -> None:
     async def script(peer: Peer) -> None:
