@@ -120,6 +120,25 @@ async def test_an_input_that_is_not_signed_by_the_farm_is_refused(bench: AgentHa
     assert not (bench.root / "two" / "store" / output.path.lstrip("/")).exists()
 
 
+async def test_an_input_that_was_verified_once_is_refused_with_another_signature(bench: AgentHarness) -> None:
+    one, two = await bench.agent("one"), await bench.agent("two")
+    [report] = await one.build(order(drv("below", "echo below > $out")))
+    [below] = bench.publish(report)
+    [report] = await one.build(order(drv("above", f"echo {below.path} > $out"), [below.path]))
+    [above] = bench.publish(report)
+    [report] = await two.build(order(drv("first", f"read x < {below.path}; echo $x > $out"), [below.path]))
+    bench.publish(report)
+    signed = bench.cache.narinfos[below.path.rpartition("/")[2]]
+    bench.cache.key = signing.generate("farm-1", b"x" * 32)
+    bench.cache.publish(below)
+    [refused] = await two.build(order(drv("second", f"read x < {above.path}; echo $x > $out"), [above.path]))
+    assert isinstance(refused.result, Failed)
+    assert f"{below.path} is not signed by a key of the farm" in refused.result.message
+    bench.cache.narinfos[signed.base_name] = signed
+    [report] = await two.build(order(drv("third", f"read x < {above.path}; echo $x > $out"), [above.path]))
+    bench.publish(report)
+
+
 @pytest.mark.parametrize("damage", ["gone", "corrupt"])
 async def test_an_object_that_is_gone_or_corrupt_is_the_farms_fault_and_mends(bench: AgentHarness, damage: str) -> None:
     one = await bench.agent("one")

@@ -45,6 +45,9 @@ CONNECT_S = 10.0
 AWAY_S = 60.0
 #: Paths that the inputs of one lease may reach.
 MAX_CLOSURE = 100_000
+#: Bytes of verified narinfos that are remembered (some 10,000 and a multiple of that in memory); beyond it they are
+#: verified again.
+MAX_VERIFIED_BYTES = 8 * 1024 * 1024
 #: Seconds within which the farm's object store must answer a worker that is to use it itself.
 STORE_WITHIN_S = 10.0
 
@@ -81,6 +84,9 @@ class FarmSources:
         self.store = store
         self.store_dir = StoreDir(farm.store_dir)
         self._keys = tuple(PublicKey.parse(text) for text in farm.public_keys)
+        #: Narinfos by their very bytes: the closures of a farm's steps have most of them in common.
+        self._verified: dict[bytes, NarInfo] = {}
+        self._verified_bytes = 0
         self._session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=QUESTION_S, connect=CONNECT_S), auto_decompress=True
         )
@@ -110,12 +116,7 @@ class FarmSources:
             # An answer is bounded: what it only refers to is requested in turn.
             beyond = {reference for info in infos for reference in info.path.references}
             wanted = sorted((beyond | set(wanted)) - known.keys())
-        infos = _references_first(known)
-        for info in infos:
-            fingerprint = info.path.fingerprint()
-            if not any(key.verify(fingerprint, sig) for key in self._keys for sig in info.path.sigs):
-                raise InputError(f"{info.store_path} is not signed by a key of the farm")
-        return infos
+        return _references_first(known)
 
     async def _request_infos(self, names: Sequence[str]) -> list[NarInfo]:
         """Ask for narinfos by base name, with as much of their closure as the cache answers. Raises `InputError`."""
@@ -124,9 +125,22 @@ class FarmSources:
             paths = [self.store_dir.full(name) for name in missing[:MAX_MISSING]]
             raise InputError(f"{paths[0]} is not in the farm's cache", paths)
         try:
-            return [narinfo.parse(text, self.store_dir) for text in texts]
+            return [self._verified.get(text) or self._verify(text) for text in texts]
         except NixError as error:
             raise InputError(f"the cache's answer cannot be read: {error}") from error
+
+    def _verify(self, text: bytes) -> NarInfo:
+        """Read a narinfo and verify its signature. Raises `InputError` or `NixError`."""
+        info = narinfo.parse(text, self.store_dir)
+        fingerprint = info.path.fingerprint()
+        if not any(key.verify(fingerprint, sig) for key in self._keys for sig in info.path.sigs):
+            raise InputError(f"{info.store_path} is not signed by a key of the farm")
+        if self._verified_bytes + len(text) > MAX_VERIFIED_BYTES:
+            self._verified.clear()
+            self._verified_bytes = 0
+        self._verified[text] = info
+        self._verified_bytes += len(text)
+        return info
 
     @property
     def kind(self) -> FetchSource:
