@@ -23,7 +23,6 @@ from coordinator.intake.limits import IntakeLimits, require_within
 from coordinator.intake.plan_memory import PlanMemory, RememberedPlan
 from coordinator.intake.sources import SourceIntake
 from coordinator.intake.taking import DerivationTaker, ended, settled
-from coordinator.intake.verification import SIDE_BY_SIDE_FROM
 from coordinator.intake.verifier_pool import VerifierPool
 from coordinator.journal.codec import RootNote
 from coordinator.stores.derivation_records import Node
@@ -46,6 +45,9 @@ from scheduler.resource_limits import ResourceLimits
 VERIFYING_COST = 6
 #: Seconds without a byte after which a stream is given up: its place is wanted by others.
 STREAM_IDLE_S = 60.0
+#: Derivations to be sent from which on processes are started that verify them: to start these takes 0.08 s of a
+#: processor each, as long as to verify 1,000.
+PROCESSES_FROM = 2_000
 #: Seconds without a stream or a plan after which large plans and their derivations are forgotten.
 REST_AFTER_S = 20.0
 
@@ -125,7 +127,7 @@ class Intake:
         require_within(len(query.sources), self._limits.max_sources, "sources")
         await asyncio.to_thread(self._check_names, (*query.derivations, *query.sources, *query.built))
         derivations = await self._derivations.unknown(query.derivations)
-        if self.verifiers is not None and len(derivations) >= SIDE_BY_SIDE_FROM:
+        if self.verifiers is not None and len(derivations) >= PROCESSES_FROM:
             # A long stream is to come, while its sender goes on reading.
             self.verifiers.start()
         absent = await self.leases.ask([self._store_dir.full(name) for name in query.sources])

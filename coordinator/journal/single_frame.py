@@ -28,8 +28,13 @@ async def store_single_frame(engine: AsyncEngine, frame: Mapping[str, Any], epoc
     """
 
     def store(sqlite: sqlite3.Connection) -> bool:
-        stored = sqlite.execute(_STATEMENT, {**frame, "epoch": epoch}).fetchall()
-        sqlite.commit()
-        return bool(stored)
+        before = sqlite.isolation_level
+        # One statement is a transaction by itself: the driver's own BEGIN and COMMIT would each give the interpreter
+        # to the event loop and wait for it again.
+        sqlite.isolation_level = None
+        try:
+            return bool(sqlite.execute(_STATEMENT, {**frame, "epoch": epoch}).fetchall())
+        finally:
+            sqlite.isolation_level = before
 
     return await in_one_trip(engine, store)

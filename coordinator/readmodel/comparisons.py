@@ -13,7 +13,8 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
-from coordinator.stores.derivations import DerivationStore, Stored
+from coordinator.stores.derivation_records import Stored
+from coordinator.stores.derivations import DerivationStore
 from infra.nix import aterm
 from infra.nix.causes import Bounds, Causes, Compared, Uncompared, search
 from infra.nix.difference import ChangedInput, Difference, compare

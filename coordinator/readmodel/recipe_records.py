@@ -55,6 +55,8 @@ class RecipeRecords:
     async def fetch(self, rows: Iterable[StepRow]) -> None:
         """Read the records of steps that are not known yet, for at most `PATIENCE_S`."""
         wanted = [key for key in map(_key, rows) if key[1]]
+        if not wanted:
+            return
         clock = asyncio.get_running_loop().time
         try:
             async with asyncio.timeout(PATIENCE_S):

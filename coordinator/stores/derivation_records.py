@@ -19,6 +19,9 @@ from scheduler.values import quick
 #: Below this many bytes compression does not pay.
 _COMPRESS_FROM: Final = 512
 _LEVEL: Final = 1
+_ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
+#: Bytes at the beginning of a zstd frame that have its inflated size.
+ZSTD_HEADER_BYTES: Final = 18
 
 
 class Kind(IntEnum):
@@ -75,6 +78,16 @@ class Known:
     modulo: bytes
     kind: Kind
     outputs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A stored derivation before it is read."""
+
+    #: The 32 bytes that stand for it where it is an input.
+    modulo: bytes
+    #: Bytes of the .drv file.
+    size: int
 
 
 @quick
@@ -137,3 +150,13 @@ def node_of(drv: str, step: str, kind: int, detail: bytes) -> Node:
 def pairs(outputs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
     """Return outputs as JSON has them as those of a `Node`."""
     return tuple([(name, path) for name, path in outputs])
+
+
+def unpacked(aterm: bytes) -> bytes:
+    """Return the .drv's bytes of those that are written."""
+    return zstandard.decompress(aterm) if aterm.startswith(_ZSTD_MAGIC) else aterm
+
+
+def inflated_size(header: bytes, stored: int) -> int:
+    """Return the bytes that `unpacked` makes of `stored` bytes which begin with `header`."""
+    return int(zstandard.frame_content_size(header)) if header.startswith(_ZSTD_MAGIC) else stored

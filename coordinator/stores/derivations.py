@@ -21,7 +21,6 @@ from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
 
 import orjson
-import zstandard
 from sqlalchemy import ColumnElement, Select, bindparam, case, func, insert, inspect, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -29,15 +28,20 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from coordinator.errors import CoordinatorError
 from coordinator.stores import derivation_tables as tables
 from coordinator.stores.derivation_records import (
+    ZSTD_HEADER_BYTES,
     Kind,
     Known,
     NewDerivation,
     Node,
     PackedDerivation,
+    Stored,
+    inflated_size,
     node_of,
     packed,
     pairs,
+    unpacked,
 )
+from coordinator.stores.fresh_orders import FreshOrders
 from infra.database import insert_or_ignore, names_parameter, names_table, open_engine, patiently, reason
 from infra.database_work import Ask, Prepared, answered
 from infra.nix.store_path import base_name_of, drv_name_of
@@ -57,9 +61,6 @@ MAX_CACHED_INFOS: Final = 4096
 #: Bytes of a row that is read together with its size, and bytes inflated of all orders that are given so.
 SMALL_ROW_BYTES: Final = 16 * 1024
 SMALL_ORDERS_BYTES: Final = 256 * 1024
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-#: Bytes at the beginning of a zstd frame that have its inflated size.
-_ZSTD_HEADER_BYTES: Final = 18
 
 _Result = TypeVar("_Result")
 
@@ -68,16 +69,6 @@ class DerivationsError(CoordinatorError):
     """The database of derivations cannot be used."""
 
     code = "derivations"
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A stored derivation before it is read."""
-
-    #: The 32 bytes that stand for it where it is an input.
-    modulo: bytes
-    #: Bytes of the .drv file.
-    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +121,8 @@ class DerivationStore:
         self._store_dir = store_dir
         #: Copies of rows; may be emptied at any time.
         self._nodes: dict[str, Node] = {}
+        #: Rows as they were written; may be emptied at any time.
+        self._fresh = FreshOrders()
         #: Of steps that were ordered; may be emptied at any time.
         self._infos: dict[StepKey, StepInfo] = {}
         self._wanted = names_table(engine)
@@ -142,7 +135,7 @@ class DerivationStore:
         self._measured = self._recipes_query(
             stored.drv,
             length.label("stored"),
-            func.substr(stored.aterm, 1, _ZSTD_HEADER_BYTES).label("header"),
+            func.substr(stored.aterm, 1, ZSTD_HEADER_BYTES).label("header"),
             others.label("others"),
             *(case((is_small, column)).label(column.name) for column in (stored.aterm, stored.inputs, stored.detail)),
         )
@@ -219,15 +212,15 @@ class DerivationStore:
             tables.derivations.c.drv,
             tables.derivations.c.modulo,
             func.length(tables.derivations.c.aterm).label("stored"),
-            func.substr(tables.derivations.c.aterm, 1, _ZSTD_HEADER_BYTES).label("header"),
+            func.substr(tables.derivations.c.aterm, 1, ZSTD_HEADER_BYTES).label("header"),
         )
         rows = await self._rows(select(*columns), names)
-        return {row.drv: Stored(row.modulo, _inflated_size(row.header, row.stored)) for row in rows}
+        return {row.drv: Stored(row.modulo, inflated_size(row.header, row.stored)) for row in rows}
 
     async def texts(self, names: Iterable[str]) -> dict[str, bytes]:
         """Return the bytes of .drv files by base name; all are in memory at once, `stored` says how many."""
         rows = await self._rows(select(tables.derivations.c.drv, tables.derivations.c.aterm), names)
-        return await asyncio.to_thread(lambda: {row.drv: _unpacked(row.aterm) for row in rows})
+        return await asyncio.to_thread(lambda: {row.drv: unpacked(row.aterm) for row in rows})
 
     async def nodes(self, names: Sequence[str]) -> dict[str, Node]:
         """Return the nodes of those .drv base names that are stored. At most one query."""
@@ -290,6 +283,7 @@ class DerivationStore:
 
         await _translated(insert)
         self._remember([each.node for each in batch])
+        self._fresh.add(batch)
 
     async def members(self, keys: Sequence[StepKey]) -> dict[StepKey, list[str]]:
         """Return the .drv base names that are recipes of each step, by recipe index. One query."""
@@ -334,9 +328,10 @@ class DerivationStore:
                     await connection.exec_driver_sql(self._insert_member, rows[start : start + tables.INSERT_ROWS])
 
         await _translated(insert)
+        self._fresh.place(new)
 
     async def order_sizes(
-        self, wanted: Iterable[tuple[StepKey, int]]
+        self, wanted: Sequence[tuple[StepKey, int]]
     ) -> tuple[dict[tuple[StepKey, int], int], dict[tuple[StepKey, int], BuildOrder]]:
         """Return the bytes in memory of what `orders` gives for each (step, recipe index), and orders of small ones.
 
@@ -346,8 +341,8 @@ class DerivationStore:
         sizes: dict[tuple[StepKey, int], int] = {}
         small: dict[tuple[StepKey, int], BuildOrder] = {}
         left = SMALL_ORDERS_BYTES
-        for pair, row in await self._recipes(wanted, self._measured):
-            size = sizes[pair] = _inflated_size(row.header, row.stored) + row.others
+        for pair, row in self._fresh_recipes(wanted) or await self._recipes(wanted, self._measured):
+            size = sizes[pair] = inflated_size(row.header, row.stored) + row.others
             if row.aterm is not None and size <= left:
                 small[pair] = self._order(row)
                 left -= size
@@ -364,17 +359,27 @@ class DerivationStore:
         # In a thread: one derivation may have tens of megabytes.
         return await asyncio.to_thread(lambda: {pair: self._order(row) for pair, row in rows})
 
+    def _fresh_recipes(self, wanted: Sequence[tuple[StepKey, int]]) -> list[tuple[tuple[StepKey, int], Any]]:
+        """Return what `_recipes` gives to `_measured`, of rows that are kept since they were written; all or none."""
+        found = []
+        for each in self._fresh.take(wanted):
+            node, text, others = each.node, each.aterm, len(each.inputs) + len(each.detail)
+            measures = len(text), text[:ZSTD_HEADER_BYTES], others
+            row = self._measured.row(node.step, node.drv, *measures, text, each.inputs, each.detail)
+            found.append(((node.step, 0), row))
+        return found
+
     def _order(self, row: Any) -> BuildOrder:
         """Return the order that a row of `_whole` is."""
         return BuildOrder(
             f"{self._store_dir}/{row.drv}",
-            _unpacked(row.aterm),
+            unpacked(row.aterm),
             tuple(orjson.loads(row.inputs)),
             tuple([path for _, path in orjson.loads(row.detail)[2]]),
         )
 
     def _remember_info(self, step: StepKey, row: Any) -> None:
-        """Keep what is asked of a step as soon as its first recipe is built."""
+        """Keep what is asked once its first recipe is built."""
         if len(self._infos) >= MAX_CACHED_INFOS:
             self._infos.clear()
         self._infos[step] = self._info_of(step, row.drv, row.detail)
@@ -459,6 +464,7 @@ class DerivationStore:
         """Forget nodes where they are many, and return them, to be freed in slices."""
         if len(self._nodes) <= NODES_KEPT_AT_REST:
             return []
+        self._fresh.clear()
         # Replaced and not emptied: a thread may walk it.
         nodes, self._nodes = self._nodes, {}
         return list(nodes.values())
@@ -486,12 +492,3 @@ async def _translated(call: Callable[[], Awaitable[_Result]]) -> _Result:
         return await patiently(call, "derivations are read or written")
     except (SQLAlchemyError, OSError) as error:
         raise DerivationsError(f"the database of derivations failed: {reason(error)}.") from error
-
-
-def _unpacked(aterm: bytes) -> bytes:
-    return zstandard.decompress(aterm) if aterm.startswith(_ZSTD_MAGIC) else aterm
-
-
-def _inflated_size(header: bytes, stored: int) -> int:
-    """Return the bytes that `_unpacked` makes of `stored` bytes which begin with `header`."""
-    return int(zstandard.frame_content_size(header)) if header.startswith(_ZSTD_MAGIC) else stored

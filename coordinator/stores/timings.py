@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -160,6 +161,8 @@ _TEXTS: Final = frozenset(
     {"name", "package", "system", "worker", "features", "isolation", "outcome", "reason", "message", "wanted_by"}
 )
 _COLUMNS: Final = tuple(each.name for each in fields(AttemptTiming))
+_MEASURED: Final = _COLUMNS.index("measured")
+_in_order: Final = attrgetter(*_COLUMNS)
 
 metadata = MetaData()
 attempts = Table(
@@ -462,10 +465,10 @@ def _index(value: float | None) -> int | None:
 
 def _values(row: AttemptTiming) -> tuple[object, ...]:
     """Values in the order of the columns."""
-    return tuple(
-        orjson.dumps(value) if isinstance(value, Measured) else value
-        for value in (getattr(row, name) for name in _COLUMNS)
-    )
+    values: tuple[object, ...] = _in_order(row)
+    if row.measured is None:
+        return values
+    return (*values[:_MEASURED], orjson.dumps(row.measured), *values[_MEASURED + 1 :])
 
 
 def _timing(row: Any) -> AttemptTiming:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.stores import fresh_orders
+from coordinator.stores.derivation_records import Kind, Node, PackedDerivation
 from coordinator.stores.derivations import SMALL_ORDERS_BYTES, DerivationsError, DerivationStore
+from coordinator.stores.fresh_orders import FreshOrders
 from infra.database import open_engine
 from scheduler.model import StepKey
 from tests.coordinator.test_intake import IntakeHarness, limits, room
@@ -117,3 +120,62 @@ async def test_what_was_ordered_is_published_without_another_question(room: Inta
     _sql(tmp_path / "derivations.sqlite3", "DELETE FROM members")
     assert await room.derivations.steps([StepKey(one.step)]) == {StepKey(one.step): asked[StepKey(one.step)]}
     assert await room.derivations.steps([StepKey(other.step)]) == {}
+
+
+async def test_an_order_soon_after_its_derivation_is_the_one_that_the_database_gives(
+    room: IntakeHarness, tmp_path: Path
+) -> None:
+    make = Maker()
+    plain = [make.plain(f"step-{n}", text="x" * (300 * n), outputs=("dev", "out")) for n in range(4)]
+    fixed = make.fixed("file", b"content")
+    await room.send([*plain, fixed])
+    # Nothing of what is sent is ordered before it was submitted.
+    assert await room.derivations.order_sizes([(StepKey(plain[0].step), 0)]) == ({}, {})
+    await room.submit(*plain, fixed)
+    other = DerivationStore.open(f"sqlite+aiosqlite:///{tmp_path}/derivations.sqlite3")
+    wanted = [(StepKey(made.step), 0) for made in (*plain, fixed)]
+    from_database = await other.order_sizes(wanted)
+    assert len(from_database[1]) == len(wanted)
+    # One of several is not kept: all are read.
+    assert await room.derivations.order_sizes(wanted) == from_database
+    _sql(tmp_path / "derivations.sqlite3", "DELETE FROM members")
+    orders: dict[object, object] = {}
+    sizes: dict[object, object] = {}
+    for pair in wanted[:4]:
+        size, order = await room.derivations.order_sizes([pair])
+        sizes |= size
+        orders |= order
+    assert (sizes, orders) == tuple({pair: given[pair] for pair in wanted[:4]} for given in from_database)
+    # Each once: a second attempt reads it, and so does what may be made by several recipes.
+    assert await room.derivations.order_sizes(wanted) == ({}, {})
+    await other.close()
+
+
+def test_what_is_kept_for_orders_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fresh_orders, "KEPT", 6)
+    monkeypatch.setattr(fresh_orders, "KEPT_BYTES", 1000)
+    monkeypatch.setattr(fresh_orders, "KEPT_BYTES_EACH", 500)
+    kept = FreshOrders()
+
+    def row(name: str, size: int) -> PackedDerivation:
+        node = Node(f"{name}.drv", StepKey(name), Kind.INPUT_ADDRESSED, "x86_64-linux", (), (), ())
+        return PackedDerivation(node, b"", b"", b"", b"x" * size)
+
+    def taken(*names: str) -> list[str]:
+        return [name for name in names if kept.take([(StepKey(name), 0)])]
+
+    def keep(*rows: PackedDerivation) -> None:
+        kept.add(rows)
+        kept.place([(each.node.step, 0, each.node.drv) for each in rows])
+
+    keep(*[row(f"few-{n}", 10) for n in range(9)])
+    assert taken(*[f"few-{n}" for n in range(9)]) == [f"few-{n}" for n in range(3, 9)]
+    keep(*[row(f"large-{n}", 400) for n in range(4)], row("larger", 501))
+    assert taken(*[f"large-{n}" for n in range(4)], "larger") == ["large-2", "large-3"]
+    # Room that was given back is room for others, and a set with one that is not there takes none.
+    keep(row("one", 500), row("two", 500))
+    assert not kept.take([(StepKey("one"), 0), (StepKey("three"), 0)])
+    assert taken("one", "two") == ["one", "two"]
+    keep(row("one", 10))
+    kept.clear()
+    assert not taken("one")
