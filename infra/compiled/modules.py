@@ -13,9 +13,10 @@ from typing import Final
 MODULES: Final = tuple(
     f"scheduler.{name}"
     for name in (
-        *("admission", "builder_rules", "builders", "deadlines", "decide", "ended_leases", "farm", "forsaken"),
-        *("grants", "graph", "locality", "moves", "opening", "pauses", "placement", "positions", "react", "ready"),
-        *("records", "references", "resource_limits", "shares", "state", "step_rules", "transitions", "wanted"),
+        *("admission", "builder_rules", "builders", "deadlines", "decide", "early", "ended_leases", "farm"),
+        *("forsaken", "grants", "graph", "locality", "moves", "opening", "pauses", "placement", "positions"),
+        *("react", "ready", "records", "references", "resource_limits", "shares", "state", "step_rules"),
+        *("succession", "transitions", "wanted"),
     )
 )
 #: The one module in C, which has no source in Python (record 79); what imports it does without where it is not built.
