@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self, TypeAlias
 from urllib.parse import quote, urlencode, urlsplit
+
+from infra.records import record
 
 #: Bytes of an answer's status line and header fields, and of one line between chunks.
 MAX_HEAD_BYTES: Final = 64 * 1024
@@ -37,7 +38,7 @@ class BadAnswerError(Exception):
     """The bytes received are no answer of an HTTP server, or exceed every answer of a coordinator."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Answer:
     """Names of header fields are in lower case; of a field that came twice the last value counts."""
 

@@ -11,8 +11,9 @@ import os
 import signal
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from typing import Any, Final, TypeVar
+
+from infra.records import record
 
 _T = TypeVar("_T")
 
@@ -36,7 +37,7 @@ class ProcessOutputTooLarge(ProcessError):  # noqa: N818 - named for what it say
     """The child wrote more than it may; its process group was killed."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Completed:
     """A child that ended by itself.
 
@@ -171,7 +172,7 @@ class ChildProcess:
             self._stderr.transport.close()
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class _ReadEnd:
     """Our end of a pipe that a child writes to."""
 

@@ -239,13 +239,13 @@ async def query_closure(
         ClosureError: The store does not answer.
         CoordinatorError: A path is not valid in the store; `lacking` makes the error.
     """
-    from infra.daemon import DaemonError, open_stdio  # noqa: PLC0415 - slow to import, and most builds ask nothing
+    from infra.daemon import DaemonError, open_questions  # noqa: PLC0415 - slow to import, and most builds ask nothing
 
     infos: dict[str, PathInfo] = {}
     waiting = dict.fromkeys(paths)
     command = ("nix-daemon", "--stdio", *store.flags)
     try:
-        async with await open_stdio(command, os.environ if env is None else env, builds=False) as connection:
+        async with await open_questions(command, os.environ if env is None else env) as connection:
             while waiting:
                 asked, waiting = waiting, {}
                 for path, info in zip(asked, await connection.query_path_infos(list(asked)), strict=True):

@@ -5,14 +5,18 @@ Nothing reads ahead of the parser: what is not yet parsed is bounded by one piec
 slow consumer stops the pipe, then the daemon, then the builder.
 """
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import Callable
-from typing import Final, TypeVar, cast
+from typing import TYPE_CHECKING, Final, TypeVar, cast
 
-from infra.daemon.child import Child
 from infra.daemon.errors import DaemonGone, DaemonProtocolError
 from infra.daemon.wire import Inbox, IncompleteError
 from infra.process import PIPE_BUFFER_BYTES
+
+if TYPE_CHECKING:
+    from infra.daemon.bare_child import BareChild
 
 #: Most bytes taken from the stream at once.
 READ_BYTES: Final = 1024 * 1024
@@ -29,7 +33,9 @@ _T = TypeVar("_T")
 class Channel:
     """A connected stream. Everything it raises is DaemonGone (the stream ended) or DaemonProtocolError."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, child: Child | None = None) -> None:
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, child: BareChild | None = None
+    ) -> None:
         self.inbox = Inbox()
         self.child = child
         #: Bytes that came so far.
@@ -40,7 +46,7 @@ class Channel:
         self._incoming = cast("asyncio.ReadTransport", writer.transport) if child is None else child.incoming
 
     @classmethod
-    async def to_socket(cls, path: str) -> "Channel":
+    async def to_socket(cls, path: str) -> Channel:
         """Connect to the Unix socket of a daemon.
 
         Raises:

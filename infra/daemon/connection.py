@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Final
 
 from infra.daemon.conversation import Conversation, ignore
@@ -33,6 +32,7 @@ from infra.daemon.values import (
 )
 from infra.daemon.wire import MAX_LIST_ITEMS, Encoder, Inbox, Operation
 from infra.nix.path_info import PathInfo
+from infra.records import record
 
 #: Questions that are asked before the first answer is read. A pipe holds them all, and the answers so far.
 QUESTIONS: Final = 128
@@ -54,7 +54,7 @@ _NAR_BEGINNING: Final = b"\x0d\0\0\0\0\0\0\0nix-archive-1\0\0\0"
 _NAR_END: Final = b"\x01\0\0\0\0\0\0\0)\0\0\0\0\0\0\0"
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class BuildInOneGo:
     """Answers to all that `build_in_one_go` requests.
 

@@ -4,16 +4,17 @@ A request that ends in `DaemonOperationError` leaves the connection usable. Anyt
 stream at an unknown place, so it is hung up at once (see `infra.daemon.connection`).
 """
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from infra.daemon.channel import Channel
 from infra.daemon.errors import DaemonError, DaemonGone, DaemonOperationError, DaemonProtocolError
 from infra.daemon.framed import send_framed
-from infra.daemon.usage import BuildersUse
 from infra.daemon.values import plain_text
 from infra.daemon.wire import (
     CLIENT_MAGIC,
@@ -27,6 +28,9 @@ from infra.daemon.wire import (
     Refusal,
     agreed_version,
 )
+
+if TYPE_CHECKING:
+    from infra.daemon.usage import BuildersUse
 
 #: How long a daemon may take to answer the handshake; a new `nix-daemon --stdio` opens its store first.
 HANDSHAKE_S: Final = 30.0

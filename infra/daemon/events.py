@@ -6,7 +6,6 @@ the BuildResult alone.
 """
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 from infra.daemon.values import plain_text
 from infra.daemon.wire import (
@@ -19,9 +18,10 @@ from infra.daemon.wire import (
     Text,
 )
 from infra.daemon.wire import Message as WireMessage
+from infra.records import record
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class PrintedLines:
     """So many lines that a builder printed, each with a newline behind it, byte for byte as the daemon gave them.
 
@@ -33,14 +33,14 @@ class PrintedLines:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Phase:
     """The builder entered a phase."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Message:
     """Text of the daemon, or injected by a builder, beside the log; without terminal escapes and final newline."""
 

@@ -7,20 +7,20 @@ caller's source fails half-way, or when the daemon refuses the upload while it s
 
 import struct
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
-from dataclasses import dataclass
 from typing import Final
 
 from infra.daemon.errors import DaemonGone, DaemonSourceError
 from infra.daemon.values import encode_path_info
 from infra.daemon.wire import Encoder
 from infra.nix.path_info import PathInfo
+from infra.records import record
 
 #: Largest frame that is written.
 FRAME_BYTES: Final = 256 * 1024
 _LENGTH = struct.Struct("<Q")
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Upload:
     """A path to be added: its metadata and its NAR, which must be `info.nar_size` bytes long."""
 

@@ -4,20 +4,25 @@ Store paths are full paths (`/nix/store/<hash>-<name>`) as text; the strings of 
 environment) are bytes, because Nix does not promise that they are UTF-8.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import IntEnum
 from types import MappingProxyType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from infra.daemon.errors import DaemonProtocolError
 from infra.daemon.wire import Encoder, Inbox
-from infra.nix.derivation import Derivation
 from infra.nix.errors import FormatError
 from infra.nix.hashing import parse_hash, sha256_text
 from infra.nix.path_info import PathInfo
+from infra.records import record
+
+if TYPE_CHECKING:
+    from infra.nix.derivation import Derivation
 
 #: ANSI control sequences (colours above all) and operating-system commands such as links.
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
@@ -34,7 +39,7 @@ def plain_text(data: bytes) -> str:
     return _ANSI.sub("", data.decode(errors="replace"))
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Options:
     """Settings of one connection, in force from the next request on (operation 19).
 
@@ -122,7 +127,7 @@ def _read_nar_hash(inbox: Inbox) -> str:
     return sha256_text(digest)
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class BasicOutput:
     """An output as the columns of a .drv have it; the last two are "" for input-addressed outputs.
 
@@ -139,7 +144,7 @@ class BasicOutput:
     hash: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class BasicDerivation:
     """A build without its graph: what BuildDerivation needs, no .drv file involved.
 
@@ -160,7 +165,7 @@ class BasicDerivation:
     env: tuple[tuple[bytes, bytes], ...]
 
     @classmethod
-    def from_derivation(cls, derivation: Derivation, inputs: Iterable[str]) -> "BasicDerivation":
+    def from_derivation(cls, derivation: Derivation, inputs: Iterable[str]) -> BasicDerivation:
         """Drop the graph from a derivation; `inputs` are its sources and the chosen outputs of its inputs."""
         return cls(
             outputs=tuple(BasicOutput(o.name, o.path, o.hash_algo, o.hash) for o in derivation.outputs),
@@ -226,7 +231,7 @@ _SUCCESSES: Final = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class BuildResult:
     """The daemon's verdict on one build.
 
@@ -253,7 +258,7 @@ class BuildResult:
     built_outputs: tuple[tuple[str, str], ...]
 
     @classmethod
-    def decode(cls, inbox: Inbox, version_minor: int, store_dir: str) -> "BuildResult":
+    def decode(cls, inbox: Inbox, version_minor: int, store_dir: str) -> BuildResult:
         """Read a result of protocol 1.<version_minor>, 29 or later."""
         code = inbox.read_int()
         message = plain_text(inbox.read_free_text("message of a build"))
@@ -304,7 +309,7 @@ def _read_built_outputs(inbox: Inbox, store_dir: str) -> tuple[tuple[str, str], 
     return tuple(sorted(outputs))
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Collected:
     """Report of a garbage collection.
 

@@ -16,11 +16,11 @@ of 8; a list is a count and its items; a map is a count and key, value pairs. St
 
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, Self, TypeVar
 
 from infra.daemon.errors import DaemonError, DaemonProtocolError, DaemonUnsupportedError
+from infra.records import record
 
 #: Magic number that a client sends first ("nixc").
 CLIENT_MAGIC: Final = 0x6E697863
@@ -114,12 +114,12 @@ class IncompleteError(DaemonError):
         self.missing = missing
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Last:
     """The operation succeeded; its reply follows."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Refusal:
     """The operation failed."""
 
@@ -127,14 +127,14 @@ class Refusal:
     message: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Text:
     """Free text for the user, usually one line."""
 
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class ActivityStarted:
     """The daemon began something; `fields` depend on the type (105: derivation path, machine, 1, 1)."""
 
@@ -146,14 +146,14 @@ class ActivityStarted:
     parent: int
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class ActivityStopped:
     """An activity ended."""
 
     activity: int
 
 
-@dataclass(slots=True)
+@record(slots=True)
 class Result:
     """News of an activity (not frozen: one is made per log line, and freezing costs as much as the rest of it)."""
 
@@ -162,7 +162,7 @@ class Result:
     fields: tuple[int | bytes, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class LineRun:
     """Lines of a builder's log that came one after another: `data` has each with a newline behind it."""
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final, TypeVar
 
 from infra.nix.errors import FormatError
 from infra.nix.hashing import parse_sha256, sha256_text
 from infra.nix.path_info import PathInfo
 from infra.nix.store_path import StoreDir, parse_base_name
+from infra.records import record
 
 #: What Nix assumes when the field is missing or empty.
 DEFAULT_COMPRESSION: Final = "bzip2"
@@ -47,7 +48,7 @@ _T = TypeVar("_T")
 _REFERENCES = b"\nReferences: "
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class StoredNar:
     """The object that holds a NAR.
 
@@ -64,7 +65,7 @@ class StoredNar:
     file_size: int
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class NarInfo:
     """One narinfo: a store path, and the object that holds its NAR."""
 

@@ -6,12 +6,11 @@ and deriver are base names here, as in a narinfo; the daemon's protocol has them
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from infra.nix.store_path import base_name_of, hash_part_of
+from infra.records import record
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class PathInfo:
     """The metadata of one store path.
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from hashlib import sha256
 from itertools import chain
 from typing import Final, Protocol
@@ -25,6 +25,7 @@ from infra.nix.path_info import PathInfo
 from infra.objects.compression import COMPRESSION, Compression, nar_key
 from infra.objects.errors import CacheError
 from infra.objects.object_files import INLINE_BYTES
+from infra.records import record
 
 #: zstd's own default: 2 to 3 times faster than a local disk needs, within a few per cent of the size of higher levels.
 LEVEL = 3
@@ -41,7 +42,7 @@ FRAME_BYTES = 16 * BLOCK_BYTES
 MADE_BYTES = 4 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class UploadedNar:
     """A NAR in the object store, as it was measured on the way: its hash `sha256:<nix32>`, its bytes, its object.
 

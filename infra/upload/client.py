@@ -12,13 +12,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Final, TypeVar
 from urllib.parse import quote
 
 from infra.exchange import AddressError, Answer, BadAnswerError, Connections
 from infra.objects.compression import COMPRESSION, Compression
 from infra.objects.nar_encoder import MADE_BYTES, CompressedNar
+from infra.records import record
 from infra.retry import spread
 from infra.upload.answers import parse, require_success
 from infra.upload.errors import BehindError, SenderRefusedError, UploadFailedError
@@ -73,7 +74,7 @@ _Answer = TypeVar("_Answer")
 OpenNar = Callable[[PathClaim, Compression], AbstractAsyncContextManager[CompressedNar]]
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class UploadResult:
     """Outcome of an upload: a verdict for each path that was sent, and those that were not."""
 
@@ -86,7 +87,7 @@ class UploadResult:
     compression: Compression = COMPRESSION
 
 
-@dataclass(slots=True)
+@record(slots=True)
 class UploadProgress:
     """Counts while an upload runs; bytes are compressed ones that left this machine."""
 
@@ -96,7 +97,7 @@ class UploadProgress:
     sent_bytes: int = 0
 
 
-@dataclass(slots=True)
+@record(slots=True)
 class _Source:
     """Source of what one upload sends, and what was found of it on the way."""
 

@@ -9,12 +9,12 @@ distinguishes a whole pack from one that was cut at a record's edge. What came w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from infra.objects.compression import Compression
 from infra.objects.errors import CacheError
 from infra.objects.nar_encoder import UploadedNar
+from infra.records import record
 from infra.upload.errors import UploadFailedError
 from infra.upload.protocol import MAX_PACK_BYTES, PACK_NAR_BYTES, PACK_PATHS, PathClaim, SentPath, most_bytes
 
@@ -38,7 +38,7 @@ class SourceChangedError(UploadFailedError):
     """A path is not, or no longer, what the sender's store says; one sentence that names it."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class Pack:
     """A pack that is ready to be sent, and those of its paths that are left out because they changed."""
 

@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from enum import StrEnum
+from functools import cache
 from typing import Annotated, Any, ClassVar, Final
 
 from infra.field_bounds import FieldBounds
@@ -33,6 +34,7 @@ from infra.nix.narinfo import StoredNar
 from infra.nix.path_info import PathInfo
 from infra.nix.store_path import StoreDir
 from infra.objects.compression import COMPRESSION, MAX_NAR_BYTES, Compression
+from infra.records import record
 
 #: Paths of one upload, and bytes of its longest message.
 MAX_PATHS: Final = 10_000
@@ -91,10 +93,15 @@ class UploadMessage:
 
 
 def _members(value: Any) -> Any:
-    return {each.name: getattr(value, each.name) for each in fields(value)}
+    return {name: getattr(value, name) for name in _names_of(value.__class__)}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@cache
+def _names_of(message: type[Any]) -> tuple[str, ...]:
+    return tuple(each.name for each in fields(message))
+
+
+@record(frozen=True, slots=True, kw_only=True)
 class PathClaim(UploadMessage):
     """A path that is to be in the cache, as the sender's store knows it."""
 
@@ -119,7 +126,7 @@ class PathClaim(UploadMessage):
         return PathInfo(path, self.nar_hash, self.nar_size, self.references, self.deriver, ca=self.ca)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class KeepRequest(UploadMessage):
     """Root that is to keep the pushed paths: of kind `push`, with this name, for so many days (0: for ever)."""
 
@@ -128,7 +135,7 @@ class KeepRequest(UploadMessage):
     days: Annotated[float, FieldBounds(ge=0, le=36_500)] = 30.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Begin(UploadMessage):
     """All paths of the closure, those that may be there too: each is protected from collection from here on."""
 
@@ -142,7 +149,7 @@ class SendRoute(StrEnum):
     RELAY = "relay"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SentPath(UploadMessage):
     """An object that was sent whole. `etags` are those of its parts, in order; empty where it had none.
 
@@ -160,7 +167,7 @@ class SentPath(UploadMessage):
         return StoredNar(url, compression, self.file_hash, self.file_size)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Begun(UploadMessage):
     """Answer to the begin of an upload: the paths to send, the route of each, and the paths that are there already."""
 
@@ -181,21 +188,21 @@ class Begun(UploadMessage):
     arrived: tuple[SentPath, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class UrlsWanted(UploadMessage):
     """Paths whose object is at most SINGLE_BYTES."""
 
     paths: Annotated[tuple[_Name, ...], FieldBounds(min_length=1, max_length=MAX_URLS, fail_fast=True)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Urls(UploadMessage):
     """Path -> address to PUT the whole object to; good for some minutes."""
 
     urls: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class PartsWanted(UploadMessage):
     """Part numbers, from 1, of one object larger than SINGLE_BYTES."""
 
@@ -204,7 +211,7 @@ class PartsWanted(UploadMessage):
     count: Annotated[int, FieldBounds(ge=1, le=MAX_URLS)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class StoredPart(UploadMessage):
     """A part that the store has: `etag` is the MD5 of its bytes in hex where the store does as S3 does."""
 
@@ -213,7 +220,7 @@ class StoredPart(UploadMessage):
     etag: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Parts(UploadMessage):
     """Part number -> address to PUT it to, and the parts of the requested range that are there already."""
 
@@ -221,21 +228,21 @@ class Parts(UploadMessage):
     have: tuple[StoredPart, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SentOffset(UploadMessage):
     """Number of bytes of an object that have arrived."""
 
     offset: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class PackTaken(UploadMessage):
     """Answer to a pack: its objects that are not as claimed, with the reason; all others have arrived."""
 
     refused: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Commit(UploadMessage):
     """Request to publish the paths sent, all together. `keep` makes a root, also of paths that were there already."""
 
@@ -262,7 +269,7 @@ class SendStatus(StrEnum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class SendVerdict(UploadMessage):
     """The outcome of one path; `url` is the object's key."""
 
@@ -273,7 +280,7 @@ class SendVerdict(UploadMessage):
     url: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(frozen=True, slots=True, kw_only=True)
 class Committed(UploadMessage):
     """One verdict for each path of the commit, in order."""
 

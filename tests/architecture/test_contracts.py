@@ -77,8 +77,8 @@ def test_every_module_says_what_it_is_for() -> None:
 
 def test_a_command_with_a_short_question_imports_no_library_of_streams_models_or_servers() -> None:
     slow = "('aiohttp', 'pydantic', 'rich.text')"
-    # Of infra only what sends a question and what reads its answer.
-    own = "('infra.exchange', 'infra.decoding', 'infra.field_bounds')"
+    # Of infra only what sends a question, what reads its answer, and the records of both.
+    own = "('infra.exchange', 'infra.decoding', 'infra.field_bounds', 'infra.records')"
     ours = f"[name for name in sys.modules if name.startswith('infra.') and name not in {own}]"
     code = f"import sys, coordinator.cli.status; print([name for name in {slow} if name in sys.modules] + {ours})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
