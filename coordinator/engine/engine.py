@@ -103,6 +103,8 @@ class Engine:
                 # Only now, because what was taken is answered by its turn.
                 if (submission := self._inbox.take_submission()) is not None:
                     await (self._take_large(submission) if submission.is_large else self._turn([submission]))
+                # The next message may be hours away.
+                del plain, submission
         finally:
             self._running, self._stopped = False, True
             for message in self._inbox.take_all():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sqlite3
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -17,6 +18,7 @@ from coordinator.api.models import StepStatus, SubmissionState
 from coordinator.api.requests import SubmitRequest
 from coordinator.client.errors import RefusedError
 from coordinator.config import ConfigError, Settings
+from coordinator.engine.inbox import LARGE_STEPS
 from coordinator.journal.codec import StoredNote
 from coordinator.journal.errors import JournalError
 from coordinator.main import Ready
@@ -26,9 +28,10 @@ from infra.objects.nar_writer import upload_nar
 from infra.objects.store import open_object_store
 from scheduler.ended_leases import LATE_S
 from scheduler.events import SubmissionCancelled, SubmissionReceived
-from scheduler.model import StepKey, SubmissionId, SubmissionRefusedError
+from scheduler.model import Recipe, Requirements, StepKey, StepSpec, SubmissionId, SubmissionRefusedError
 from tests.coordinator.conftest import OpenedFarm, OpenFarm
 from tests.support.cache import narinfo_of
+from tests.support.patience import PATIENCE_S
 from workers.wire.fleet import (
     Fleet,
     FleetError,
@@ -423,3 +426,24 @@ async def test_a_graph_that_the_core_refuses_is_refused_alone_and_leaves_no_note
         assert isinstance(refused, SubmissionRefusedError)
         assert (await farm.client.submission(known.id)).state is SubmissionState.CANCELLED
         assert set(await farm.coordinator.journal.notes()) == {known.id}
+
+
+class WatchedNote(StoredNote):
+    """A note that says when it is gone."""
+
+    __slots__ = ("__weakref__",)
+
+
+@pytest.mark.parametrize("count", [1, LARGE_STEPS + 1])
+async def test_an_engine_at_rest_holds_nothing_of_the_last_submission(open_farm: OpenFarm, count: int) -> None:
+    async with open_farm(fleet=ScriptedWorker().start) as farm:
+        recipes = (Recipe(Requirements("nowhere")),)
+        steps = tuple(StepSpec(StepKey(f"{number:032}-step"), recipes) for number in range(count))
+        roots = tuple(step.key for step in steps)
+        note = WatchedNote(b"{}")
+        gone, loop = asyncio.Event(), asyncio.get_running_loop()
+        weakref.finalize(note, loop.call_soon_threadsafe, gone.set)
+        await farm.coordinator.engine.submit(SubmissionReceived(SubmissionId("last"), roots, steps), note)
+        del note, steps
+        async with asyncio.timeout(PATIENCE_S):
+            await gone.wait()
