@@ -31,8 +31,10 @@ from infra.cache.publishing.key_rotation import ResignReport
 from infra.cache.repair.fsck import FsckReport, RepairSource
 from infra.cache.retention.collector import CollectPlan, CollectReport
 from infra.clock import Clock
+from infra.heap import give_back_free_memory
 from infra.objects.errors import CacheError
 from infra.retry import Outage
+from infra.sqlite_driver import shrink_connections
 from scheduler.model import StepKey
 
 HOUR_S: Final = 3600.0
@@ -40,6 +42,8 @@ HOUR_S: Final = 3600.0
 GAUGES_S: Final = 60.0
 #: Steps in one question about their paths.
 STEPS_ASKED: Final = 20_000
+#: Paths of a root from which on the system gets back what writing it needed: their names stay with statements.
+MANY_PATHS: Final = 10_000
 #: The kind of the roots that submissions are.
 SUBMISSION: Final = "submission"
 
@@ -133,6 +137,8 @@ class Housekeeper:
         self._collecting = asyncio.Lock()
         #: Roots by the name of the submission that gave it; None until they were read from the cache.
         self._kept: dict[str, _Kept] | None = None
+        #: A root of so many paths was written that memory is worth giving back.
+        self._kept_many = False
 
     async def run(self) -> None:
         """Refresh the gauges and collect at the configured pace until cancelled; what fails is tried again later."""
@@ -146,6 +152,7 @@ class Housekeeper:
                     async with self._collecting:
                         await self._submissions.end_leases(await self._keep_submissions(self._submissions))
                 await self.cache.drop_lapsed_leases()
+                await self._give_back()
                 await self.refresh_gauges()
                 if pause_s and self._clock.now() >= next_collection:
                     next_collection = self._clock.now() + pause_s
@@ -155,6 +162,13 @@ class Housekeeper:
             else:
                 outage.end()
             await asyncio.sleep(GAUGES_S)
+
+    async def _give_back(self) -> None:
+        """Give the system what naming the paths of a large submission needed: intake did that earlier for its own."""
+        if self._kept_many:
+            self._kept_many = False
+            await shrink_connections()
+            await asyncio.to_thread(give_back_free_memory)
 
     async def collect(self, *, dry_run: bool = False) -> CollectReport:
         """Collect garbage once. Raises `MetadataError`, `ObjectStoreError`; what was begun is finished next time."""
@@ -226,7 +240,9 @@ class Housekeeper:
         named = [row.id for row in rows if row.id in kept and kept[row.id].digest in {digest, b""}]
         name = named[0] if named else rows[0].id
         if name not in kept or kept[name].expires_at != expires_at or kept[name].digest not in {digest, b""}:
-            await self.cache.keep(SUBMISSION, name, await submissions.outputs(rows[0]), expires_at)
+            outputs = await submissions.outputs(rows[0])
+            await self.cache.keep(SUBMISSION, name, outputs, expires_at)
+            self._kept_many = self._kept_many or len(outputs) >= MANY_PATHS
         kept[name] = _Kept(expires_at, digest)
         # Each had its own before, or had other members then.
         for row in rows:

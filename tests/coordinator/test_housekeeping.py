@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 
@@ -10,9 +11,12 @@ import pytest
 
 from coordinator.api.models import SubmissionState
 from coordinator.api.requests import PinRequest
+from coordinator.caches import housekeeping
 from coordinator.client.errors import RefusedError
+from infra.sqlite_driver import shrink_connections
 from tests.coordinator.conftest import OpenedFarm, OpenFarm, waiting_for
 from tests.coordinator.test_farm import DIAMOND
+from tests.support.patience import PATIENCE_S
 
 DAY_S = 86400.0
 
@@ -110,6 +114,29 @@ async def test_a_pin_keeps_its_closure_and_why_says_so(open_farm: OpenFarm) -> N
         await farm.client.unpin("default", "release-1")
         await farm.client.collect("default", dry_run=False)
         assert not await published(farm, paths["low"])
+
+
+async def test_what_naming_the_paths_of_a_large_submission_needed_is_given_back_once(
+    open_farm: OpenFarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roots_then: asyncio.Queue[set[str]] = asyncio.Queue()
+
+    async def shrink() -> None:
+        await shrink_connections()
+        roots_then.put_nowait({root.name for root in await farm.client.cache_roots("default")})
+
+    monkeypatch.setattr(housekeeping, "shrink_connections", shrink)
+    monkeypatch.setattr(housekeeping, "MANY_PATHS", 4)
+    monkeypatch.setattr(housekeeping, "GAUGES_S", 0.01)
+    async with open_farm() as farm:
+        small, first = await farm.submit(DIAMOND, "low"), await farm.submit(DIAMOND, "top")
+        async with asyncio.timeout(PATIENCE_S):
+            before = await roots_then.get()
+            second = await farm.submit(DIAMOND.replace("low", "lower"), "top")
+            after = await roots_then.get()
+        assert first.id in before
+        assert second.id not in before
+        assert {small.id, first.id, second.id} <= after
 
 
 async def test_an_absent_cache_or_pin_and_a_text_that_is_no_path_are_named(open_farm: OpenFarm) -> None:
