@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +17,9 @@ import pytest
 
 from tests.support.attack import FarmUnderAttack
 from tests.support.loop import LoopStalls
+from tests.support.patience import PATIENCE_S
 from tests.support.peak import peak_bytes, with_peak
+from tests.support.processes import processes_with
 from tests.support.pseudo_terminal import on_terminal
 from tests.support.screens import Terminal
 from tests.support.tmux import tmux
@@ -61,15 +66,25 @@ def test_a_log_shows_all_its_text_and_leaves_the_terminal_alone(readme_farm: Far
 def test_a_build_on_a_terminal_shows_what_runs_and_leaves_what_it_said_and_the_terminal(
     readme_farm: FarmUnderAttack,
 ) -> None:
-    lies = "; ".join(f"printf '{each}'" for each in HOSTILE)
-    file = readme_farm.expression(f"""{{
-      good = shell "good" "echo ${{shell "below" "sleep 3; echo > $out"}} > $out";
+    lies, mark = "; ".join(f"printf '{each}'" for each in HOSTILE), f"below-{readme_farm.port}"
+    endless = f"/bin/sh -c 'while :; do sleep 0.1; done # {mark}'"
+    # The one between may have its lease already, to follow: then it is shown neither as running nor as waiting.
+    file = readme_farm.expression(f"""let
+      below = shell "below" "{endless}; echo > $out";
+      between = shell "between" "echo ${{below}} > $out";
+    in {{
+      good = shell "good" "echo ${{between}} ${{below}} > $out";
       bad = shell "bad" ''echo ${{shell "under" "sleep 1; echo > $out"}}; {lies}; exit 1'';
     }}""")
     terminal = Terminal(80, 24)
     with on_terminal(readme_farm.build_command(file), terminal, readme_farm.environment) as watched:
-        frames = list(watched.frames())
-    assert any(any("\u23f5 below" in line for line in frame) and "waits for 1" in "".join(frame) for frame in frames)
+        shown = False
+        for frame in watched.frames():
+            text = "\n".join(frame)
+            if not shown and "\u23f5 below" in text and re.search("\u23f8 good +waits for [12]", text):
+                shown = True
+                end_second(mark)
+    assert shown
     left = terminal.scrolled() + terminal.shown()
     assert sum("bad failed on" in line for line in left) == 1
     assert sum(line.endswith("AFTER-ALL") for line in left) == 1
@@ -77,6 +92,15 @@ def test_a_build_on_a_terminal_shows_what_runs_and_leaves_what_it_said_and_the_t
     assert any(line.startswith("failed: submission") for line in left)
     assert not terminal.emulated.cursor.hidden
     assert terminal.emulated.title == ""
+
+
+def end_second(mark: str) -> None:
+    """Kill the second process whose command has a mark: the shell that the builder waits for."""
+    deadline = time.monotonic() + PATIENCE_S
+    while len(found := processes_with(mark)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(found[1], signal.SIGKILL)
 
 
 #: Length of one line of a build's log.
