@@ -3,8 +3,8 @@
 import asyncio
 import os
 import signal
-import socket
 from collections.abc import AsyncIterator, Awaitable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from infra.daemon import (
     BasicDerivation,
     BuildMode,
     BuildStatus,
+    DaemonConnection,
     DaemonError,
     DaemonGone,
     DaemonOperationError,
@@ -32,6 +33,7 @@ from infra.nix import aterm
 from infra.process import ChildProcess
 from tests.infra.daemon.conftest import Bare, Store, add, nar_of_file, processes_mentioning, store_path, until
 from tests.support.attack import ProcessGauge
+from tests.support.patience import PATIENCE_S
 from tests.support.processes import LEAVES_A_PROCESS, SURVIVOR, daemons_below
 
 
@@ -39,10 +41,16 @@ def nothing(_: object) -> None:
     pass
 
 
-def answers(path: Path) -> bool:
-    """Return whether a daemon takes connections: its socket is there before it listens."""
-    with socket.socket(socket.AF_UNIX) as caller:
-        return caller.connect_ex(str(path)) == 0
+async def first_connection(path: Path) -> DaemonConnection:
+    """Connect once a daemon listens, which its socket does after it is there, and not before with another connection.
+
+    Each connection opens the store, and where two do so at once one of them may fail to make it.
+    """
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            with suppress(DaemonGone):
+                return await open_socket(str(path))
+            await asyncio.sleep(0.01)
 
 
 async def test_a_build_succeeds_and_its_output_can_be_read(store: Store) -> None:
@@ -448,8 +456,7 @@ async def test_the_socket_of_a_running_daemon_serves_builds_and_notices_a_hang_u
     arguments = [word for word in store.command if word != "--stdio"]
     daemon = await ChildProcess.start(arguments, env=store.env | {"NIX_DAEMON_SOCKET_PATH": str(path)})
     try:
-        await until(lambda: answers(path))
-        async with await open_socket(str(path)) as connection:
+        async with await first_connection(path) as connection:
             await connection.set_options(Options(build_cores=1))
             assert connection.pid is None
             script = "/bin/busybox sleep 0.1; echo > $out; echo hello"
