@@ -217,14 +217,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check(place: Path) -> int:
     if not (place / MANIFEST).exists():
-        answer = "nothing is compiled, so the scheduler runs from source: ./run compile compiles it"
+        answer = "nothing is compiled, so everything runs from source: ./run compile compiles it"
     elif is_fresh(place):
         answer = (
             f"{len(MODULES)} modules of the scheduler run compiled, and derivations are verified natively; "
             "start the coordinator again to use them"
         )
     else:
-        answer = "the compiled modules are stale, so the scheduler runs from source: run ./run compile again"
+        answer = "the compiled modules are stale, so everything runs from source: run ./run compile again"
     print(answer)  # noqa: T201  a command
     return int(not is_fresh(place))
 

@@ -148,7 +148,7 @@ def is_compiled() -> bool:
 def fault() -> str:
     """Return in one sentence why a build that there is does not run; "" if it does, or if there is none."""
     faults = [finder.fault for finder in _installed if not finder.is_used and finder.fault]
-    return f"the scheduler runs from source, because {faults[0]} since it was compiled: {AGAIN}" if faults else ""
+    return f"everything runs from source, because {faults[0]} since it was compiled: {AGAIN}" if faults else ""
 
 
 def digest_of(path: str) -> str:

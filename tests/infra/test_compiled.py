@@ -105,7 +105,7 @@ def test_a_build_runs_until_a_source_has_changed_and_says_so(small: Path, place:
     where, compiled = run("-c", IMPORTING, small, place).splitlines()
     assert where == "True 513"
     assert compiled == (
-        "False the scheduler runs from source, because scheduler/pauses.py has changed since it was compiled: "
+        "False everything runs from source, because scheduler/pauses.py has changed since it was compiled: "
         "run ./run compile again"
     )
     compile_small(small, place)
