@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.records import record
+from infra.records import record
 
 
 @record(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from coordinator.api.plan_routes import PLAN_ROUTES
 from coordinator.api.route import Right, Route
-from coordinator.records import record
+from infra.records import record
 
 
 @record(frozen=True, slots=True, kw_only=True)

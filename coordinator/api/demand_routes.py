@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from coordinator.api.route import Right, Route
-from coordinator.records import record
+from infra.records import record
 
 
 @record(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from coordinator.records import record
+from infra.records import record
 
 
 @record(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from coordinator.records import record
+from infra.records import record
 
 
 @record(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ Plain records, as those of `coordinator.api.models`.
 from __future__ import annotations
 
 from coordinator.api.models import EtaView, StepStatus
-from coordinator.records import record
+from infra.records import record
 
 
 @record(frozen=True, slots=True, kw_only=True)

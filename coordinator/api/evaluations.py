@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Final
 
-from coordinator.records import record
+from infra.records import record
 
 #: Beginning of every evaluation's name, which no submission's has.
 EVALUATION_PREFIX: Final = "eval-"

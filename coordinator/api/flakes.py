@@ -6,7 +6,7 @@ here.
 
 from __future__ import annotations
 
-from coordinator.records import record
+from infra.records import record
 
 
 @record(frozen=True, slots=True, kw_only=True)

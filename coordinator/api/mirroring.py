@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Final
 
-from coordinator.records import record
+from infra.records import record
 
 #: Beginning of the name of every run of mirroring.
 MIRROR_PREFIX: Final = "mirror-"

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any, Literal, TypeAlias
 
 from coordinator.api.flakes import RecipeRecordView, WorkerRecordView
-from coordinator.records import record
+from infra.records import record
 
 
 class StepStatus(StrEnum):

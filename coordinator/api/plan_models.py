@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
-from coordinator.records import record
+from infra.records import record
 
 #: States of a wish. `here`, `upstream`: its whole closure can be fetched. `gone`: no cache has it, and it cannot be
 #: built. `unknown`: its closure was not looked up in time.

@@ -11,7 +11,7 @@ from coordinator.api.difference_models import DifferenceView, RunReasonView
 from coordinator.api.estimates import RunningView, ThroughputView
 from coordinator.api.flakes import WorkerRecordView
 from coordinator.api.models import StepView, TransferView, WorkerState
-from coordinator.records import record
+from infra.records import record
 
 
 @record(frozen=True, slots=True, kw_only=True)

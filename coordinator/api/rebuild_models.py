@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal, TypeAlias
 
 from coordinator.api.difference_models import ChangeView
-from coordinator.records import record
+from infra.records import record
 
 #: `cached`: all of its outputs are in the cache. `failed`: its last build failed, or one that it stands on.
 #: `running`: a submission has it built now, or will. `unknown`: it was not built, or that is forgotten.

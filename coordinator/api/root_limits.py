@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated, Final
 
 from coordinator.api.limits import MAX_LIMIT
-from coordinator.records import record
 from infra.field_bounds import FieldBounds
+from infra.records import record
 
 _LIMIT: Final = FieldBounds(ge=0, le=MAX_LIMIT)
 

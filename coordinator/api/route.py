@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final, Generic, Literal, TypeAlias, TypeVar
 from urllib.parse import quote
 
-from coordinator.records import record
+from infra.records import record
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -10,10 +10,10 @@ import orjson
 import zstandard
 
 from coordinator.errors import IntakeError
-from coordinator.records import record
 from infra.field_bounds import FieldBounds
 from infra.nix.path_info import PathInfo
 from infra.nix.store_path import StoreDir
+from infra.records import record
 
 DERIVATIONS_MAGIC: Final = b"drover-derivations-1\n"
 SOURCES_MAGIC: Final = b"drover-sources-1\n"

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from coordinator.api.demand_routes import DEMAND
 from coordinator.api.route import Query, Right, Route
-from coordinator.records import record
+from infra.records import record
 
 
 class SourceTrouble(StrEnum):

@@ -35,7 +35,7 @@ from coordinator.api.sent_streams import (
     SourceHeader,
 )
 from coordinator.api.zstd_blocks import BlockCutter
-from coordinator.records import record
+from infra.records import record
 from infra.validation import first_fault
 
 MAX_HEADER_BYTES = 1024 * 1024

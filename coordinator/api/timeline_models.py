@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from coordinator.api.flakes import RecipeRecordView
 from coordinator.api.models import AttemptOutcome
-from coordinator.records import record
+from infra.records import record
 
 
 @record(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from coordinator.records import record
+from infra.records import record
 
 _FORM: Final = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(?:-[!-~]*)?")
 #: Characters of a `traceparent` that are looked at.

@@ -18,9 +18,9 @@ from typing import ClassVar, Final
 import zstandard
 
 from coordinator.errors import IntakeError
-from coordinator.records import record
 from infra.nix.errors import FormatError
 from infra.nix.nar import NarData, NarDirectory, NarDirectoryEnd, NarEvent, NarFile, NarReader, NarSymlink
+from infra.records import record
 
 #: Compressed bytes that are inflated at one time; zstd makes at most 32,768 bytes of one.
 SLICE_BYTES: Final = 256

@@ -34,7 +34,7 @@ from coordinator.client.closure import local_store
 from coordinator.client.errors import RefusedError
 from coordinator.evaluation.pool_limits import PoolLimits
 from coordinator.evaluation.revisions import Repository
-from coordinator.records import record
+from infra.records import record
 
 #: Name of the state's file below the repository's `.git`.
 STATE: Final = "drover-bisect.json"

@@ -38,8 +38,8 @@ from coordinator.client.closure import (
 from coordinator.client.errors import RefusedError
 from coordinator.errors import CoordinatorError, OtherWishError
 from coordinator.evaluation.model import Evaluation
-from coordinator.records import record
 from coordinator.terminal_controls import harmless
+from infra.records import record
 
 if TYPE_CHECKING:
     from coordinator.cli.remote import RemoteSource

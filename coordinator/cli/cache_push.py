@@ -12,10 +12,10 @@ from importlib import import_module
 
 from coordinator.client.closure import LocalStore, local_store, query_closure
 from coordinator.client.errors import BadArgumentError, ClientError, RefusedError
-from coordinator.records import record
 from infra.nix.errors import FormatError
 from infra.nix.store_path import StoreDir
 from infra.objects.errors import CacheError
+from infra.records import record
 from infra.upload.errors import SenderRefusedError
 
 

@@ -21,7 +21,7 @@ from coordinator.cli import exit_status
 from coordinator.cli.printing import print_json, print_lines
 from coordinator.cli.rendering import counted, duration, one_line, table_lines
 from coordinator.client.api_client import ApiClient
-from coordinator.records import record
+from infra.records import record
 
 #: Revisions and gaps that are listed; `--json` has all that the coordinator returns.
 LISTED: Final = 20

@@ -21,9 +21,9 @@ from coordinator.evaluation.inputs import Inputs, evaluation_of
 from coordinator.evaluation.model import Evaluation, left_out_text, some
 from coordinator.evaluation.pool_limits import TIMEOUT_S, PoolLimits
 from coordinator.evaluation.source_plan import EvaluationMeans, EvaluatorChoice
-from coordinator.records import record
 from coordinator.terminal_controls import harmless
 from infra.process import ProcessError, run
+from infra.records import record
 
 #: Seconds for Nix to make a store, and most bytes that it says of that.
 MAKE_S: Final = 600.0

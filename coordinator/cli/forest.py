@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from coordinator.records import record
+from infra.records import record
 
 
 @record(frozen=True, slots=True)

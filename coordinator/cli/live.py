@@ -20,7 +20,7 @@ from coordinator.cli.lines import Line, Piece, cell, cut, joined, plain, width_o
 from coordinator.cli.printing import size
 from coordinator.cli.progress import Progress, Tally
 from coordinator.cli.rendering import doing, duration, eta_sentence, of_size, one_line, tally, who
-from coordinator.records import record
+from infra.records import record
 
 #: Rows of the forest and of workers, as parts of the window's height, and at most.
 FOREST_PART: Final = (2, 5)

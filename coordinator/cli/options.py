@@ -15,7 +15,7 @@ import click
 from coordinator.api.limits import MAX_WAIT_S
 from coordinator.cli.ci import Ci
 from coordinator.defaults import URL
-from coordinator.records import record
+from infra.records import record
 
 if TYPE_CHECKING:
     from coordinator.client.api_client import ApiClient

@@ -17,7 +17,7 @@ from dataclasses import field
 from typing import Final
 
 from coordinator.api.limits import MAX_BRANCH, MAX_COMMIT, MAX_PULL, MAX_TAG_KEY, MAX_TAG_VALUE, MAX_TAGS, TAG_KEY
-from coordinator.records import record
+from infra.records import record
 
 _PULL_REF: Final = re.compile(r"refs/pull/([^/]+)/(?:head|merge)")
 _BRANCH_REF: Final = "refs/heads/"

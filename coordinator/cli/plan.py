@@ -27,10 +27,10 @@ from coordinator.client.api_client import ApiClient
 from coordinator.client.bodies import MembersBody
 from coordinator.client.closure import ClosureError, LocalStore, local_store
 from coordinator.client.closure_walk import ClosureWalk
-from coordinator.records import record
 from coordinator.wishes.document import document_of
 from coordinator.wishes.model import WishedPaths, WishList
 from infra.nix.store_path import base_name_of
+from infra.records import record
 
 #: Cells of an output that is no terminal.
 WIDTH: Final = 80

@@ -11,7 +11,7 @@ from coordinator.cli.lines import Line, cell
 from coordinator.cli.printing import size
 from coordinator.cli.rebuild_markdown import code
 from coordinator.cli.rendering import LISTED, duration, one_line
-from coordinator.records import record
+from infra.records import record
 
 #: State -> word of a cell, and its style.
 WORDS: Final[dict[PlanState, tuple[str, str]]] = {

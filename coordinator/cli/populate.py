@@ -46,11 +46,11 @@ from coordinator.populate.model import (
     ProofState,
 )
 from coordinator.populate.steps import changed, derivations_of, drift_of, judged, refusal_to_build, targets_of, to_pull
-from coordinator.records import record
 from coordinator.wishes.model import Wish, WishedAttribute, WishedDerivation, WishedPaths, WishList, WishSource
 from infra.nix import aterm
 from infra.nix.errors import FormatError
 from infra.nix.store_path import drv_name_of
+from infra.records import record
 
 #: Paths of one run of mirroring, and times that one is begun because the coordinator has started anew.
 PULLED_AT_ONCE: Final = 10_000

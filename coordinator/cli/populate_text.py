@@ -11,7 +11,7 @@ from coordinator.cli.proof import ProofMeans
 from coordinator.cli.rebuild_markdown import code
 from coordinator.cli.rendering import LISTED, duration, one_line
 from coordinator.populate.model import PopulatedWish, PopulateOutcome, ProofState
-from coordinator.records import record
+from infra.records import record
 
 #: Wishes of one table in Markdown.
 MAX_ROWS: Final = 300

@@ -21,7 +21,7 @@ from coordinator.api.models import (
     TreeNode,
     WatchEvent,
 )
-from coordinator.records import record
+from infra.records import record
 
 #: Steps in a worker's hands, or whose outputs the farm takes in.
 ACTIVE = frozenset({StepStatus.RUNNING, StepStatus.PUBLISHING})

@@ -20,12 +20,12 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from coordinator.api.models import FarmView
-from coordinator.records import record
 from infra.cache.pulls.upstream import Upstream, UpstreamError
 from infra.nix.signing import PublicKey
 from infra.nix.store_path import StoreDir
 from infra.objects.errors import CacheError
 from infra.process import ProcessError, run
+from infra.records import record
 
 #: Seconds for one `nix-store -r`, and paths that it is given.
 FETCH_S: Final = 24 * 3600.0

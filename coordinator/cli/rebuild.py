@@ -39,7 +39,6 @@ from coordinator.rebuild.causes import causes_view
 from coordinator.rebuild.difference import MAX_REASONS, AttrPair, Selection, SetDifference, changed, differ, select
 from coordinator.rebuild.model import Package, RebuildReport, RootCause, SideReport
 from coordinator.rebuild.outcome import UNKNOWN, SideResult, SideState, by_root_cause, judge, with_content
-from coordinator.records import record
 from coordinator.terminal_controls import harmless
 from infra.nix import aterm
 from infra.nix.causes import Bounds, Compared, Uncompared
@@ -47,6 +46,7 @@ from infra.nix.derivation import Derivation
 from infra.nix.difference import ChangedInput, Difference, compare
 from infra.nix.errors import FormatError
 from infra.nix.rebuilds import FoldedRebuild, few_dependents, fold
+from infra.records import record
 
 #: Pairs of derivations that are compared: some minutes.
 PAIRS: Final = Bounds(pairs=400_000, depth=1_000)

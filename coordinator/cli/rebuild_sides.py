@@ -21,9 +21,9 @@ from coordinator.evaluation.pool_limits import PoolLimits
 from coordinator.evaluation.revisions import Checkout, Repository
 from coordinator.rebuild.model import Package, SetSide
 from coordinator.rebuild.outcome import SideResult, SideState
-from coordinator.records import record
 from infra.nix import aterm
 from infra.nix.errors import FormatError
+from infra.records import record
 
 #: Paths that differ from a commit which a sentence names.
 DEFAULT_FILE: Final = "default.nix"

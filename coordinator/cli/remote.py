@@ -22,8 +22,8 @@ from coordinator.client.api_client import ApiClient
 from coordinator.client.errors import BadArgumentError, ClientError, RefusedError
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.model import Evaluation, FailedAttr
-from coordinator.records import record
 from coordinator.terminal_controls import harmless
+from infra.records import record
 
 if TYPE_CHECKING:
     from coordinator.client.working_tree import WorkingTree

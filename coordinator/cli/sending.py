@@ -25,8 +25,8 @@ from coordinator.client.closure import (
 from coordinator.client.closure_walk import ClosureWalk
 from coordinator.client.errors import RefusedError
 from coordinator.errors import CoordinatorError, MissingMemberError
-from coordinator.records import record
 from infra.nix.store_path import base_name_of
+from infra.records import record
 
 if TYPE_CHECKING:
     from coordinator.api.sent_streams import SourceHeader

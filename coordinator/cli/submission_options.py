@@ -19,7 +19,7 @@ from coordinator.api.limits import (
 )
 from coordinator.cli.options import Wait
 from coordinator.cli.origin import ClaimedOrigin, TagError, origin_of, parse_tags
-from coordinator.records import record
+from infra.records import record
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 

@@ -12,10 +12,10 @@ from typing import Final
 from coordinator.cli.evaluation import EvaluationRequest, inputs_of
 from coordinator.client.closure import LocalStore, local_store
 from coordinator.evaluation.wished import described, evaluated
-from coordinator.records import record
 from coordinator.wishes.model import MAX_FILE_BYTES, MAX_SOURCES, WishList, WishListError, WishSource, joined
 from coordinator.wishes.reading import NAMED, WishReading, flake_of, named_wishes, read_wishes, source_by_name
 from infra.nix.store_path import StoreDir
+from infra.records import record
 
 STDIN: Final = "-"
 #: Files of a directory that say what it needs, the first that is there.

@@ -10,7 +10,7 @@ from dataclasses import field
 from typing import Literal
 
 from coordinator.api.root_limits import RootLimits
-from coordinator.records import record
+from infra.records import record
 
 
 @record(frozen=True, slots=True, kw_only=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from coordinator.errors import CoordinatorError
-from coordinator.records import record
 from infra.dependency_order import CycleError, inputs_first
 from infra.nix.errors import FormatError, NixError
 from infra.nix.path_info import PathInfo
+from infra.records import record
 
 if TYPE_CHECKING:
     from coordinator.api.sent_streams import SourceHeader

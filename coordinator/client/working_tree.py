@@ -14,10 +14,10 @@ from typing import ClassVar, Final
 
 from coordinator.api.trees import TreeBounds, TreeChecker, compressed
 from coordinator.errors import CoordinatorError
-from coordinator.records import record
 from infra.nar_files import CHUNK_SIZE
 from infra.nix.nar import NarData, NarDirectory, NarDirectoryEnd, NarEvent, NarFile, NarSymlink, NarWriter
 from infra.process import ProcessError, ProcessNotFound, run
+from infra.records import record
 
 #: Largest tree that is sent; a farm may take less.
 BOUNDS: Final = TreeBounds(size_bytes=16 * 1024**3, entries=5_000_000)

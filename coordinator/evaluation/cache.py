@@ -26,8 +26,8 @@ import orjson
 
 from coordinator.api.root_limits import RootLimits
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, LeftOut
-from coordinator.records import record
 from infra.decoding import decoder
+from infra.records import record
 
 MAX_BYTES: Final = 256 * 1024 * 1024
 #: Of one entry, as it is in memory: a hundred thousand attributes have some 20 MB.

@@ -22,12 +22,12 @@ import orjson
 from coordinator.evaluation.cache import FORM
 from coordinator.evaluation.source import TREE, FlakeOrigin, NixValue, TreeOrigin, store_root
 from coordinator.evaluation.source_tree import NotWholeError, SourceTree, find_clock, read_tree, text_leak, tree_root
-from coordinator.records import record
 from infra.decoding import decoder
 from infra.nix.errors import NixError
 from infra.nix.hashing import parse_sha256
 from infra.nix.store_path import StoreDir
 from infra.process import ProcessError, run
+from infra.records import record
 
 #: What Nix prints where an evaluation needs what it may not have.
 NEEDS_MORE: Final = re.compile(r"forbidden in restricted mode|was not found in the Nix search path")

@@ -33,9 +33,9 @@ from coordinator.evaluation.model import AttrPlace, FailedAttr, Finding, LeftOut
 from coordinator.evaluation.pool import ENDLESS, MEMORY_EVERY_S, shown_above
 from coordinator.evaluation.pool_limits import PROGRAM, PoolLimits
 from coordinator.evaluation.source import NixValue
-from coordinator.records import record
 from infra.decoding import decoder
 from infra.process import ChildProcess, ProcessNotFound
+from infra.records import record
 
 #: Bytes of what it prints for people that are passed on, and that are kept of its end.
 MAX_MESSAGE_BYTES: Final = 256 * 1024

@@ -29,9 +29,9 @@ from coordinator.evaluation.long_lines import READ_BYTES, LongLines
 from coordinator.evaluation.messages import error_line, without_noise
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, FailedAttr, parse_drv
 from coordinator.evaluation.source import NixValue, visit
-from coordinator.records import record
 from infra.decoding import decoder
 from infra.process import ChildProcess, ProcessError, run
+from infra.records import record
 
 #: Most bytes of one answer: a set of a hundred thousand names has three million.
 MAX_ANSWER_BYTES: Final = 32 * 1024 * 1024

@@ -16,9 +16,9 @@ from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.messages import error_line
 from coordinator.evaluation.model import join_attr, split_attr
 from coordinator.evaluation.source import Asked, FlakeOrigin, NixValue, nix_text, store_root
-from coordinator.records import record
 from infra.decoding import decoder
 from infra.process import ProcessError, ProcessNotFound, run
+from infra.records import record
 
 #: Outputs whose first names are systems.
 PER_SYSTEM: Final = frozenset({"apps", "checks", "devShells", "legacyPackages", "packages"})

@@ -31,8 +31,8 @@ from coordinator.evaluation.model import (
 from coordinator.evaluation.pool_limits import PoolLimits
 from coordinator.evaluation.source import NixValue, TreeOrigin, file_expression, is_flake, is_url, sources_of
 from coordinator.evaluation.source_plan import EvaluationMeans, EvaluatorChoice
-from coordinator.records import record
 from infra.process import ProcessError, ProcessNotFound, run
+from infra.records import record
 
 if TYPE_CHECKING:
     from io import BufferedReader

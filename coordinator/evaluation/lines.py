@@ -14,8 +14,8 @@ import orjson
 from coordinator.evaluation.errors import EvaluationError
 from coordinator.evaluation.messages import error_line, plain, position
 from coordinator.evaluation.model import EvaluatedRoot, FailedAttr, parse_drv
-from coordinator.records import record
 from infra.decoding import decoder
+from infra.records import record
 
 #: Characters of a line that a sentence shows.
 _SHOWN: Final = 100

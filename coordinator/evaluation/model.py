@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 
 from coordinator.api.root_limits import RootLimits
-from coordinator.records import record
 from infra.nix.store_path import drv_name_of
+from infra.records import record
 
 #: Attributes that a sentence names; it counts the rest.
 MAX_NAMED = 8

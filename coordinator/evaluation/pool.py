@@ -33,8 +33,8 @@ from coordinator.evaluation.model import (
 )
 from coordinator.evaluation.pool_limits import PoolLimits
 from coordinator.evaluation.source import MAX_DEPTH, NixValue
-from coordinator.records import record
 from infra.process import ProcessNotFound
+from infra.records import record
 
 #: Findings that wait for their reader.
 MAX_WAITING: Final = 10_000

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from coordinator.records import record
+from infra.records import record
 
 #: It is used if it is on PATH.
 PROGRAM: Final = "nix-eval-jobs"

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Final
 
 from coordinator.evaluation.errors import EvaluationError
-from coordinator.records import record
 from infra.process import Completed, ProcessError, ProcessNotFound, run
+from infra.records import record
 
 #: Seconds for a question to git, and for a checkout, which may fetch or filter files.
 ASK_S: Final = 60.0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from coordinator.evaluation.model import AttrPlace, split_attr
-from coordinator.records import record
+from infra.records import record
 
 #: The file that makes a value's tree of places.
 TREE: Final = Path(__file__).with_name("tree.nix")

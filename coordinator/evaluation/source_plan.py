@@ -14,7 +14,7 @@ from coordinator.evaluation.import_store import NO_IMPORTS, ImportBuilds, may_im
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, FailedAttr, Finding, LeftOut
 from coordinator.evaluation.pool_limits import PoolLimits
 from coordinator.evaluation.source import FlakeOrigin, NixValue, store_root
-from coordinator.records import record
+from infra.records import record
 
 
 class EvaluatorChoice(StrEnum):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from coordinator.records import record
+from infra.records import record
 
 #: Largest tree that is read, in files and in bytes of all of them.
 MAX_FILES: Final = 100_000

@@ -21,7 +21,6 @@ from coordinator.evaluation.flakes import flake_value
 from coordinator.evaluation.model import AttrPlace, EvaluatedRoot, FailedAttr, Finding, join_attr, split_attr
 from coordinator.evaluation.source import Asked, NixValue, file_expression, is_url, sources_of
 from coordinator.evaluation.source_plan import EvaluationMeans
-from coordinator.records import record
 from coordinator.wishes.model import (
     MAX_NOTES,
     Wish,
@@ -37,6 +36,7 @@ from coordinator.wishes.model import (
 )
 from infra.nix import aterm
 from infra.nix.errors import FormatError
+from infra.records import record
 
 #: Words of nixpkgs' refusals (pkgs/stdenv/generic/check-meta.nix).
 _REFUSALS: Final = (

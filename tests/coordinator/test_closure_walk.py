@@ -22,11 +22,11 @@ from coordinator.client import closure_walk
 from coordinator.client.closure import LocalStore, read_closure
 from coordinator.client.closure_walk import ClosureWalk
 from coordinator.client.errors import RefusedError
-from coordinator.records import record
 from infra.nix import aterm
 from infra.nix.drv_head import DrvHead, input_names, read_head
 from infra.nix.errors import FormatError
 from infra.nix.store_path import base_name_of
+from infra.records import record
 from tests.coordinator.conftest import OpenedFarm, OpenFarm
 from tests.support.graphs import Made, Maker
 
